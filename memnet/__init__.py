@@ -1,0 +1,41 @@
+"""Deep 3D networks for medical images, trained in a fraction of the memory.
+
+A network says what is computed, a memory strategy says what backpropagation keeps: see :class:`memnet.Chain`. Importing this package
+also makes its networks reachable as ``monai.networks.nets.<Name>``.
+"""
+
+import monai.networks.nets
+
+from memnet import nets
+from memnet.chain import Chain, Memory, set_memory
+from memnet.couplings import AdditiveCoupling, ChannelMerge, ChannelSplit
+from memnet.invertible import Invertible, Recorded
+from memnet.losses import InvResLoss
+from memnet.nets import FullyInvResUNet, PartiallyInvResUNet, UNet3D
+from memnet.resampling import InvertibleDownsample, InvertibleUpsample, OrthogonalMixing, Tap
+from memnet.residual import InvertibleResidual
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdditiveCoupling",
+    "Chain",
+    "ChannelMerge",
+    "ChannelSplit",
+    "FullyInvResUNet",
+    "InvResLoss",
+    "Invertible",
+    "InvertibleDownsample",
+    "InvertibleResidual",
+    "InvertibleUpsample",
+    "Memory",
+    "OrthogonalMixing",
+    "PartiallyInvResUNet",
+    "Recorded",
+    "Tap",
+    "UNet3D",
+    "set_memory",
+]
+
+for _name in nets.__all__:
+    setattr(monai.networks.nets, _name, getattr(nets, _name))

@@ -1,0 +1,302 @@
+"""A chain of blocks and its memory strategy: what backpropagation keeps, and how the rest is brought back."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from monai.data import MetaTensor
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from memnet.grid import as_stream, check_range, round_to_grid
+from memnet.invertible import Invertible, Recorded
+from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
+
+__all__ = ["Chain", "Memory", "set_memory"]
+
+Memory = Literal["store", "checkpoint", "recursive", "invert"]
+
+
+class Chain(nn.ModuleList):
+    r"""Blocks applied one after another, with a choice of what backpropagation keeps.
+
+    Parameters, ``state_dict``, outputs and gradients are the same under every strategy; for a chain of L blocks, each with
+    activations of size 1:
+
+    ============  =====================================  ========================  ====================
+    ``memory``    keeps                                  memory                    forward passes
+    ============  =====================================  ========================  ====================
+    store         every activation                       O(L)                      1
+    checkpoint    the inputs of sqrt(L) segments         O(sqrt L)                 2
+    recursive     the input                              O(log L)                  O(log L)
+    invert        the output                             O(1)                      2
+    ============  =====================================  ========================  ====================
+
+    Args:
+        blocks: modules from ``forward(*state)`` to the next state, a tensor or a tuple of tensors. ``invert`` needs
+            :class:`memnet.Invertible` blocks.
+        memory: the strategy; the attribute ``memory`` may be set at any time.
+        segment: blocks between checkpoints under ``checkpoint``; the square root of their number where None.
+
+    Raises:
+        ValueError: there are no blocks, ``memory`` is unknown or does not fit the blocks, ``segment`` is less than 1, or
+            blocks disagree on ``fraction_bits``.
+        OverflowError: at run time under ``invert``, when a stream leaves the range of the grid (see :mod:`memnet.grid`).
+
+    References:
+        Training deep nets with sublinear memory cost (Chen et al., 2016), https://arxiv.org/abs/1604.06174
+        The reversible residual network (Gomez et al., 2017), https://arxiv.org/abs/1707.04585
+    """
+
+    __jit_unused_properties__ = ["memory"]
+
+    def __init__(self, blocks: Iterable[nn.Module], memory: Memory = "store", segment: int | None = None) -> None:
+        super().__init__(blocks)
+        if len(self) == 0:
+            raise ValueError("a chain needs at least one block")
+        if segment is not None and segment < 1:
+            raise ValueError(f"segment must be at least 1, got {segment}")
+        bits = {block.fraction_bits for block in self if isinstance(block, Invertible | Chain)} - {None}
+        if len(bits) > 1:
+            raise ValueError(f"the blocks of a chain must share one grid, got fraction_bits {sorted(bits)}")
+        self.fraction_bits: int | None = bits.pop() if bits else None
+        self.segment = segment
+        self.memory = memory
+
+    @property
+    def memory(self) -> Memory:
+        """The memory strategy."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        if memory not in get_args(Memory):
+            raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {memory!r}")
+        if memory == "invert":
+            for i, block in enumerate(self):
+                if not isinstance(block, Invertible | Chain):
+                    raise ValueError(f'memory="invert" needs invertible blocks, block {i} is a {type(block).__name__}')
+                if isinstance(block, Chain):
+                    block.memory = "invert"
+        self._memory = memory
+
+    @torch.jit.unused
+    def __getitem__(self, index: int | slice):
+        """Return a block, or a chain of the sliced blocks."""
+        if isinstance(index, slice):
+            return Chain(list(self)[index], self.memory, self.segment)
+        return super().__getitem__(index)
+
+    @torch.jit.unused
+    def forward(self, *state: torch.Tensor) -> Any:
+        """Apply the blocks.
+
+        Args:
+            state: one or several tensors; they are left as they are.
+
+        Returns:
+            The last block's tensor, or tuple of tensors.
+        """
+        if self.memory == "store" or not _differentiates(self, state):
+            return _unpack(self._run(*state))
+        template = next((x for x in state if isinstance(x, MetaTensor)), None)
+        plain = self._on_grid([x.as_tensor() if isinstance(x, MetaTensor) else x for x in state])
+        outputs = _strategies[self.memory](self, plain)
+        if template is not None:
+            outputs = tuple(MetaTensor(y).copy_meta_from(template) for y in outputs)
+        return _unpack(outputs)
+
+    @torch.jit.unused
+    def inverse(self, *state: torch.Tensor) -> Any:
+        """Undo the blocks, last to first.
+
+        Raises:
+            TypeError: a block is not invertible.
+        """
+        for block in reversed(self):
+            if not isinstance(block, Invertible | Chain):
+                raise TypeError(f"{type(block).__name__} is not invertible")
+            state = _pack(block.inverse(*state))
+        return _unpack(state)
+
+    @torch.jit.export
+    def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Apply the blocks to a list of tensors, as TorchScript sees the chain."""
+        state = self._on_grid(state)
+        for block in self:
+            state = block.plain(state)
+        return state
+
+    def _on_grid(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
+        # What enters must lie on the grid; from then on every block keeps it there.
+        bits = self.fraction_bits
+        if bits is None:
+            return state
+        return [round_to_grid(as_stream(x), bits) if x.is_floating_point() else x for x in state]
+
+    @torch.jit.unused
+    def _run(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        current = tuple(self._on_grid(list(state)))
+        for block in self:
+            current = _pack(block(*current))
+        return current
+
+    @torch.jit.unused
+    def record(self, *state: torch.Tensor) -> Recorded:
+        """See :meth:`memnet.Invertible.record`."""
+        records: list[Recorded] = []
+        magnitudes: list[torch.Tensor] = []
+        for block in self:
+            recorded = block.record(*state)
+            state = recorded.state
+            if block.fraction_bits is not None:
+                magnitudes += [torch.linalg.vector_norm(x, float("inf")) for x in state[:2] if x.is_floating_point()]
+            records.append(recorded._replace(state=()))
+        if self.fraction_bits is not None:
+            check_range(magnitudes, self.fraction_bits)
+        kept = tuple(x for recorded in records for x in recorded.kept)
+        return Recorded(state, [(r.replays, len(r.kept)) for r in records], kept)
+
+    @torch.jit.unused
+    def pull_back(
+        self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
+    ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
+        """See :meth:`memnet.Invertible.pull_back`."""
+        state, notes, kept = recorded
+        state_gradients = list(gradients)
+        del recorded, gradients
+        parameter_gradients: Gradients = {}
+        for block, (replays, n_kept) in zip(reversed(self), reversed(notes), strict=True):
+            mine, kept = kept[len(kept) - n_kept :], kept[: len(kept) - n_kept]
+            state, state_gradients, more = block.pull_back(Recorded(state, replays, mine), state_gradients)
+            accumulate(parameter_gradients, more)
+        return state, state_gradients, parameter_gradients
+
+
+def set_memory(module: nn.Module, memory: Memory) -> nn.Module:
+    """Switch every chain inside a module to a memory strategy, and return the module.
+
+    Raises:
+        ValueError: a chain does not support it, or the module has no chain.
+    """
+    chains = [child for child in module.modules() if isinstance(child, Chain)]
+    if not chains:
+        raise ValueError(f"{type(module).__name__} has no memnet.Chain")
+    for chain in chains:
+        chain.memory = memory
+    return module
+
+
+class _Invert(torch.autograd.Function):
+    """Keeps a chain's output; the backward pass inverts block after block, with one block's graph alive."""
+
+    @staticmethod
+    def forward(ctx, chain: Chain, n_state: int, parameters: list[nn.Parameter], *tensors: torch.Tensor):
+        recorded = chain.record(*tensors[:n_state])
+        ctx.chain, ctx.n_state, ctx.parameters = chain, n_state, parameters
+        ctx.replays, ctx.n_outputs = recorded.replays, len(recorded.state)
+        ctx.save_for_backward(*recorded.state, *recorded.kept)
+        return _owned(recorded.state, tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        saved = ctx.saved_tensors
+        recorded = Recorded(saved[: ctx.n_outputs], ctx.replays, saved[ctx.n_outputs :])
+        del saved
+        _, state_gradients, found = ctx.chain.pull_back(recorded, gradients)
+        return _needed(ctx, state_gradients, found)
+
+
+class _Rerun(torch.autograd.Function):
+    """Keeps the input of consecutive blocks; the backward pass runs them again, halving until ``leaf`` blocks are left."""
+
+    @staticmethod
+    def forward(ctx, blocks: list[nn.Module], leaf: int, n_state: int, parameters: list[nn.Parameter], *tensors):
+        state = tensors[:n_state]
+        ctx.replays, ctx.leaf, ctx.n_state, ctx.parameters = [Replay(b) for b in blocks], leaf, n_state, parameters
+        ctx.save_for_backward(*state)
+        for replay in ctx.replays:
+            state = replay.first(*state)
+        return _owned(state, tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        found: Gradients = {}
+        state_gradients = _rerun_backward(ctx.replays, ctx.saved_tensors, gradients, ctx.leaf, found)
+        return (None, *_needed(ctx, state_gradients, found))
+
+
+def _rerun_backward(
+    replays: list[Replay],
+    inputs: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor | None],
+    leaf: int,
+    found: Gradients,
+) -> Sequence[torch.Tensor | None]:
+    if len(replays) <= leaf:
+        _, pull_back = replay_with_grad(replays, inputs)
+        state_gradients, more = pull_back(gradients)
+        accumulate(found, more)
+        return state_gradients
+    half = len(replays) // 2
+    state = tuple(inputs)
+    with torch.no_grad():
+        for replay in replays[:half]:
+            state = replay.again(*state)
+    gradients = _rerun_backward(replays[half:], state, gradients, leaf, found)
+    del state
+    return _rerun_backward(replays[:half], inputs, gradients, leaf, found)
+
+
+def _owned(outputs: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    # A block may hand an input on as it is; autograd wants outputs of a Function to be its own.
+    return tuple(y.view_as(y) if any(y is x for x in inputs) else y for y in outputs)
+
+
+def _needed(ctx, state_gradients: Sequence[torch.Tensor | None], found: Gradients) -> tuple[torch.Tensor | None, ...]:
+    parameter_gradients = [found.get(p) for p in ctx.parameters]
+    return (None, None, None, *state_gradients, *parameter_gradients)
+
+
+def _invert(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    parameters = list(chain.parameters())
+    return _Invert.apply(chain, len(state), parameters, *state, *parameters)
+
+
+def _checkpoint(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    size = chain.segment or math.ceil(math.sqrt(len(chain)))
+    blocks = list(chain)
+    current = tuple(state)
+    for start in range(0, len(blocks), size):
+        current = _rerun(blocks[start : start + size], size, current)
+    return current
+
+
+def _recursive(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return _rerun(list(chain), 1, tuple(state))
+
+
+def _rerun(blocks: list[nn.Module], leaf: int, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    parameters = list(dict.fromkeys(p for block in blocks for p in block.parameters()))
+    return _Rerun.apply(blocks, leaf, len(state), parameters, *state, *parameters)
+
+
+_strategies = {"checkpoint": _checkpoint, "recursive": _recursive, "invert": _invert}
+
+
+def _differentiates(chain: Chain, state: tuple[torch.Tensor, ...]) -> bool:
+    """Tell whether a backward pass may follow; exports and inference see plain modules."""
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    return any(x.requires_grad for x in state) or any(p.requires_grad for p in chain.parameters())
+
+
+def _pack(state: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return (state,) if isinstance(state, torch.Tensor) else tuple(state)
+
+
+def _unpack(state: tuple[torch.Tensor, ...]) -> Any:
+    return state[0] if len(state) == 1 else state

@@ -1,0 +1,189 @@
+"""Additive couplings: residual blocks on two streams that are inverted by subtraction."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from memnet.grid import FRACTION_BITS, as_stream, round_to_grid
+from memnet.invertible import Invertible, Recorded
+from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
+
+__all__ = ["AdditiveCoupling", "ChannelMerge", "ChannelSplit"]
+
+
+class AdditiveCoupling(Invertible):
+    r"""Additive coupling of two streams, exactly invertible for any ``f`` and ``g``.
+
+    .. math:: y_1 = x_1 + [f(x_2)], \qquad y_2 = x_2 + [g(y_1)]
+
+    :math:`[\cdot]` rounds to multiples of :math:`2^{-k}`, on which additions and subtractions are exact, with the gradient
+    of the identity. The streams stay in float32 under autocast. Backpropagation through a chain with ``memory="invert"``
+    runs ``f`` and ``g`` once more each: the run that gives the inverse also gives the graph for the gradient.
+
+    Args:
+        f: module from ``x2`` to an increment of ``x1``, of the same shape.
+        g: module from ``y1`` to an increment of ``x2``, of the same shape.
+        fraction_bits: ``k`` in float32 (``k + 29`` in float64); the streams must stay below ``2^(24-k)``. None adds plain
+            floating-point increments, whose inversion drifts with depth.
+
+    Raises:
+        ValueError: ``fraction_bits`` is not between 4 and 22.
+        RuntimeError: at run time, if ``f`` or ``g`` changes its input in place.
+
+    References:
+        NICE: Non-linear independent components estimation (Dinh et al., 2014), https://arxiv.org/abs/1410.8516
+        The reversible residual network (Gomez et al., 2017), https://arxiv.org/abs/1707.04585
+    """
+
+    def __init__(self, f: nn.Module, g: nn.Module, fraction_bits: int | None = FRACTION_BITS) -> None:
+        super().__init__()
+        if fraction_bits is not None and not 4 <= fraction_bits <= 22:
+            raise ValueError(f"fraction_bits must be between 4 and 22, got {fraction_bits}")
+        self.f = f
+        self.g = g
+        self.fraction_bits = fraction_bits
+
+    @torch.jit.export
+    def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Map ``[x1, x2, *rest]`` to ``[y1, y2, *rest]``, each stream ``(B, C, ...)``."""
+        x1, x2 = as_stream(state[0]), as_stream(state[1])
+        if torch.jit.is_scripting():
+            y1 = x1 + self.increment(self.f(x2), x1)
+            y2 = x2 + self.increment(self.g(y1), x2)
+        else:
+            y1 = x1 + self.increment(_guarded(self.f, x2), x1)
+            y2 = x2 + self.increment(_guarded(self.g, y1), x2)
+        return [y1, y2] + state[2:]
+
+    @torch.jit.unused
+    def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Map ``(y1, y2, *rest)`` back to ``(x1, x2, *rest)``."""
+        y1, y2, *rest = state
+        x2 = y2 - self.increment(_guarded(self.g, y1), y2)
+        x1 = y1 - self.increment(_guarded(self.f, x2), y1)
+        return x1, x2, *rest
+
+    @torch.jit.export
+    def increment(self, branch: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+        """Bring a branch's output to the stream's precision and grid."""
+        branch = branch.to(stream.dtype)
+        bits = self.fraction_bits
+        if bits is not None:
+            branch = round_to_grid(branch, bits)
+        return branch
+
+    @torch.jit.unused
+    def record(self, *state: torch.Tensor) -> Recorded:
+        """See :meth:`memnet.Invertible.record`."""
+        x1, x2, *rest = state
+        x1, x2 = as_stream(x1), as_stream(x2)
+        replay_f, replay_g = Replay(_Guarded(self.f)), Replay(_Guarded(self.g))
+        y1 = x1 + self.increment(*replay_f.first(x2), x1)
+        y2 = x2 + self.increment(*replay_g.first(y1), x2)
+        return Recorded((y1, y2, *rest), (replay_f, replay_g))
+
+    @torch.jit.unused
+    def pull_back(
+        self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
+    ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
+        """See :meth:`memnet.Invertible.pull_back`."""
+        y1, y2, *rest = recorded.state
+        replay_f, replay_g = recorded.replays
+        d1, d2, *d_rest = gradients
+        d1 = torch.zeros_like(y1) if d1 is None else d1
+        d2 = torch.zeros_like(y2) if d2 is None else d2
+        del recorded, gradients
+
+        (branch,), pull = replay_with_grad([replay_g], [y1])
+        x2 = y2 - self.increment(branch, y2)
+        del branch, y2
+        (step,), parameter_gradients = pull([d2])
+        d1 = d1 if step is None else d1 + step
+        del pull, step
+
+        (branch,), pull = replay_with_grad([replay_f], [x2])
+        x1 = y1 - self.increment(branch, y1)
+        del branch, y1
+        (step,), more = pull([d1])
+        d2 = d2 if step is None else d2 + step
+        accumulate(parameter_gradients, more)
+        return (x1, x2, *rest), [d1, d2, *d_rest], parameter_gradients
+
+
+def _guarded(branch: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Call a branch so that its input survives, or refuse."""
+    first = branch
+    while isinstance(first, nn.Sequential) and len(first) > 0:
+        first = first[0]
+    if getattr(first, "inplace", False):
+        return branch(x.clone())
+    version = x._version
+    y = branch(x)
+    if x._version != version:
+        raise RuntimeError(
+            f"{type(branch).__name__}, a branch of AdditiveCoupling, changes its input in place; the coupling still needs "
+            "that input. Make the branch's first operation out of place."
+        )
+    return y
+
+
+class _Guarded(nn.Module):
+    """A branch as a module whose input survives, for :class:`Replay`."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+        self.training = branch.training
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _guarded(self.branch, x)
+
+
+class ChannelSplit(Invertible):
+    """Split a tensor into two streams along the channels.
+
+    Args:
+        first: number of channels of the first stream; half of them (rounded down) where None.
+    """
+
+    def __init__(self, first: int | None = None) -> None:
+        super().__init__()
+        self.first = first
+
+    @torch.jit.export
+    def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Map ``[x, *rest]`` to ``[x1, x2, *rest]``, ``x`` of shape ``(B, C, ...)``."""
+        x = state[0]
+        first = self.first
+        n = x.shape[1] // 2 if first is None else first
+        return [x[:, :n].contiguous(), x[:, n:].contiguous()] + state[1:]
+
+    @torch.jit.unused
+    def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Map ``(x1, x2, *rest)`` back to ``(x, *rest)``."""
+        return torch.cat(state[:2], 1), *state[2:]
+
+
+class ChannelMerge(Invertible):
+    """Concatenate two streams along the channels: the inverse of :class:`ChannelSplit`.
+
+    Args:
+        first: number of channels of the first stream; half of them (rounded down) where None.
+    """
+
+    def __init__(self, first: int | None = None) -> None:
+        super().__init__()
+        self.first = first
+
+    @torch.jit.export
+    def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Map ``[x1, x2, *rest]`` to ``[x, *rest]``."""
+        return [torch.cat(state[:2], 1)] + state[2:]
+
+    @torch.jit.unused
+    def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Map ``(x, *rest)`` back to ``(x1, x2, *rest)``."""
+        x = state[0]
+        n = x.shape[1] // 2 if self.first is None else self.first
+        return x[:, :n].contiguous(), x[:, n:].contiguous(), *state[1:]

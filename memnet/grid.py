@@ -1,0 +1,68 @@
+"""The fixed grid on which additions of floating-point numbers, and so their inverses, are exact."""
+
+import torch
+
+__all__ = ["as_stream", "check_range", "grid_step", "round_to_grid", "stream_limit"]
+
+FRACTION_BITS = 16
+"""Default grid: multiples of 2^-16 in float32, which holds streams of magnitude below 2^(24-16) = 256."""
+
+_SIGNIFICAND_BITS = 24  # of float32
+_EXTRA_FRACTION_BITS_FLOAT64 = 29  # 53 - 24: float64 has the same range on a finer grid
+
+
+def as_stream(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in the precision of a residual stream: half precisions become float32, the others stay."""
+    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
+        return x.float()
+    return x
+
+
+def grid_step(dtype: torch.dtype, fraction_bits: int) -> float:
+    """Return the distance of neighbouring grid points: ``2^-k`` in float32, ``2^-(k+29)`` in float64."""
+    if dtype == torch.float64:
+        return 2.0 ** (-(fraction_bits + 29))
+    return 2.0 ** (-fraction_bits)
+
+
+def stream_limit(fraction_bits: int) -> float:
+    """Return the magnitude below which every multiple of the grid step is a floating-point number, ``2^(24-k)``."""
+    return 2.0 ** (_SIGNIFICAND_BITS - fraction_bits)
+
+
+def round_to_grid(x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
+    """Round ``x`` to the nearest multiple of the grid step; the gradient passes straight through.
+
+    Args:
+        x: a tensor of any shape, float32 or float64.
+        fraction_bits: ``k``; see :func:`grid_step`.
+    """
+    step = grid_step(x.dtype, fraction_bits)
+    # Powers of two: the products are exact, only the rounding itself changes the value.
+    rounded = (x.detach() * (1.0 / step)).round_().mul_(step)
+    if x.requires_grad and not torch.jit.is_tracing():
+        # Both operations are exact (Sterbenz), so this equals `rounded` bit for bit.
+        return x + (rounded - x.detach())
+    return rounded
+
+
+def check_range(magnitudes: list[torch.Tensor], fraction_bits: int) -> None:
+    """Refuse streams that left the range in which the grid is exact.
+
+    Args:
+        magnitudes: the largest magnitude of each stream, as tensors of one element.
+        fraction_bits: ``k``; the limit is ``2^(24-k)``.
+
+    Raises:
+        OverflowError: a stream is not finite, or as large as the limit.
+    """
+    if not magnitudes:
+        return
+    largest = torch.stack([m.double() for m in magnitudes]).amax().item()
+    if largest < stream_limit(fraction_bits):
+        return
+    raise OverflowError(
+        f"a residual stream reached a magnitude of {largest:g}, outside the range +-{stream_limit(fraction_bits):g} in which "
+        f"fraction_bits={fraction_bits} makes inversion exact. Lower the learning rate or normalise the branches, "
+        f'use a coarser grid (fraction_bits={fraction_bits - 2}), or train with memory="checkpoint".'
+    )

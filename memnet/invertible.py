@@ -1,0 +1,74 @@
+"""What a block must offer so that a chain can drop its input and bring it back."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from memnet.recompute import Gradients, Replay, replay_with_grad
+
+__all__ = ["Invertible", "Recorded"]
+
+
+class Recorded(NamedTuple):
+    """The forward pass of a block as ``invert`` keeps it.
+
+    Attributes:
+        state: the block's outputs.
+        replays: what its recomputation needs besides tensors.
+        kept: the tensors its inversion needs besides the outputs; as small as can be, most blocks keep none.
+    """
+
+    state: tuple[torch.Tensor, ...]
+    replays: Any
+    kept: tuple[torch.Tensor, ...] = ()
+
+
+class Invertible(nn.Module):
+    """A block of a :class:`memnet.Chain` whose inputs can be computed from its outputs.
+
+    A subclass defines :meth:`plain` and :meth:`inverse`; where inversion and gradient share work, or the inverse needs
+    something kept, it also overrides :meth:`record`, :meth:`restore` or :meth:`pull_back`.
+
+    Attributes:
+        fraction_bits: the grid on which the block's additions are exact (see :mod:`memnet.grid`), or None if the block
+            adds nothing.
+    """
+
+    fraction_bits: int | None = None
+
+    @torch.jit.unused
+    def forward(self, *state: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Compute the outputs; TorchScript, which knows no ``*state``, calls :meth:`plain` instead."""
+        outputs = self.plain(list(state))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    @torch.jit.unused
+    def record(self, *state: torch.Tensor) -> Recorded:
+        """Compute the outputs under ``no_grad`` and what bringing back the inputs and gradients will need."""
+        replay = Replay(self)
+        return Recorded(replay.first(*state), replay)
+
+    @torch.jit.unused
+    def restore(self, recorded: Recorded) -> tuple[torch.Tensor, ...]:
+        """Compute the inputs from what :meth:`record` returned."""
+        inputs = self.inverse(*recorded.state)
+        return (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+
+    @torch.jit.unused
+    def pull_back(
+        self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
+    ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
+        """Bring back the inputs and differentiate.
+
+        Args:
+            recorded: what :meth:`record` returned.
+            gradients: the gradients of the outputs.
+
+        Returns:
+            The inputs, their gradients, and the parameters' gradients.
+        """
+        inputs = self.restore(recorded)
+        _, pull = replay_with_grad([recorded.replays], inputs)
+        return inputs, *pull(gradients)

@@ -1,0 +1,6 @@
+"""Networks built on the chain."""
+
+from memnet.nets.invres import FullyInvResUNet, PartiallyInvResUNet
+from memnet.nets.unet3d import UNet3D
+
+__all__ = ["FullyInvResUNet", "PartiallyInvResUNet", "UNet3D"]

@@ -1,0 +1,152 @@
+"""Running a module a second time exactly as it ran the first time, and differentiating that second run."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["Replay", "replay_with_grad"]
+
+Gradients = dict[nn.Parameter, torch.Tensor]
+PullBack = Callable[[Sequence[torch.Tensor | None]], tuple[list[torch.Tensor | None], Gradients]]
+
+
+class Replay:
+    """One call of a module, remembered well enough to be repeated bit for bit.
+
+    The first call notes the autocast state, the buffers of modules in training mode (batch statistics, power iterations), and
+    the state of the random generators if the call drew from them. A repetition runs under all of these, leaves the
+    module's buffers and the global random state untouched, and uses aliases of the parameters, so that hooks
+    registered on parameters see one gradient a step and not two.
+
+    Args:
+        module: the module to call.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._autocast: list[tuple[str, bool, torch.dtype]] = []
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._random: tuple[torch.Tensor, dict[int, torch.Tensor]] | None = None
+
+    def first(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Call the module, remembering what a repetition needs."""
+        types = sorted({"cpu"} | {x.device.type for x in inputs})
+        self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
+        self._buffers = _training_buffers(self.module)
+        before = _random_state(inputs)
+        with _without_autocast_cache():
+            outputs = _as_tuple(self.module(*inputs))
+        after = _random_state(inputs)
+        drew = not torch.equal(before[0], after[0]) or any(
+            not torch.equal(before[1][d], after[1][d]) for d in before[1]
+        )
+        self._random = before if drew else None
+        return outputs
+
+    def again(
+        self, *inputs: torch.Tensor, aliases: dict[nn.Parameter, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Repeat the call.
+
+        Args:
+            inputs: the inputs of the first call, bit for bit.
+            aliases: tensors to use in place of the parameters; the missing ones are made and added.
+        """
+        aliases = {} if aliases is None else aliases
+        for parameter in self.module.parameters():
+            if parameter not in aliases:
+                aliases[parameter] = parameter.detach().requires_grad_(parameter.requires_grad)
+        substitutes = {name: aliases[parameter] for name, parameter in self.module.named_parameters()}
+        substitutes |= {name: buffer.clone() for name, buffer in self._buffers.items()}
+        with ExitStack() as stack:
+            if self._random is not None:
+                cpu, cuda = self._random
+                stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
+                torch.set_rng_state(cpu)
+                for device, state in cuda.items():
+                    torch.cuda.set_rng_state(state, device)
+            for device_type, enabled, dtype in self._autocast:
+                stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
+            return _as_tuple(torch.func.functional_call(self.module, substitutes, inputs))
+
+
+def replay_with_grad(
+    replays: Sequence[Replay], inputs: Sequence[torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], PullBack]:
+    """Repeat consecutive calls under grad mode.
+
+    Args:
+        replays: the calls, each taking what the one before returned.
+        inputs: the inputs of the first of them.
+
+    Returns:
+        The outputs, detached, and a function from the outputs' gradients to the inputs' and parameters' gradients,
+        which may be called once. It holds the graph but not the outputs.
+    """
+    leaves = [x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in inputs]
+    aliases: dict[nn.Parameter, torch.Tensor] = {}
+    with torch.enable_grad():
+        state: tuple[torch.Tensor, ...] = tuple(leaves)
+        for replay in replays:
+            state = replay.again(*state, aliases=aliases)
+    roots = [
+        None if not y.requires_grad else y if y.is_leaf else torch.autograd.graph.get_gradient_edge(y) for y in state
+    ]
+    dtypes = [y.dtype for y in state]
+    targets = [x for x in leaves if x.requires_grad] + [a for a in aliases.values() if a.requires_grad]
+
+    def pull_back(gradients: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], Gradients]:
+        used = [
+            (root, gradient.to(dtype))
+            for root, gradient, dtype in zip(roots, gradients, dtypes, strict=True)
+            if root is not None and gradient is not None
+        ]
+        found = iter([None] * len(targets))
+        if used and targets:
+            found = iter(torch.autograd.grad([r for r, _ in used], targets, [g for _, g in used], allow_unused=True))
+        input_gradients = [next(found) if x.requires_grad else None for x in leaves]
+        parameter_gradients = {}
+        for parameter, alias in aliases.items():
+            gradient = next(found) if alias.requires_grad else None
+            if gradient is not None:
+                parameter_gradients[parameter] = gradient
+        return input_gradients, parameter_gradients
+
+    return tuple(y.detach() for y in state), pull_back
+
+
+def accumulate(total: Gradients, more: Gradients) -> None:
+    """Add the gradients of one call to the running sums."""
+    for parameter, gradient in more.items():
+        total[parameter] = total[parameter] + gradient if parameter in total else gradient
+
+
+def _as_tuple(state: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return (state,) if isinstance(state, torch.Tensor) else tuple(state)
+
+
+def _training_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.clone()
+        for prefix, child in module.named_modules()
+        if child.training
+        for name, buffer in child.named_buffers(recurse=False)
+    }
+
+
+def _random_state(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    devices = {x.device.index for x in inputs if x.device.type == "cuda"}
+    return torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    # Autocast would cache weights cast under no_grad and hand them, without a graph, to a later use that needs one.
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

@@ -1,0 +1,89 @@
+"""Residual blocks inverted by fixed-point iteration."""
+
+import torch
+from torch import nn
+
+from memnet.grid import FRACTION_BITS, as_stream, round_to_grid
+from memnet.invertible import Invertible, Recorded
+
+__all__ = ["InvertibleResidual"]
+
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+class InvertibleResidual(Invertible):
+    r"""Residual block :math:`y = x + [f(x)]`, inverted by iterating :math:`x \leftarrow y - [f(x)]`.
+
+    The iteration converges where ``f`` is a contraction (Lipschitz constant below 1), by that factor a step.
+    :math:`[\cdot]` rounds to the grid of :mod:`memnet.grid`; on it the iteration usually ends at the very input.
+
+    Args:
+        f: module from a tensor to an increment of the same shape.
+        tolerance: largest accepted ``max|x + f(x) - y| / max(1, max|y|)``; 1e-5 in float32 and 1e-10 in float64 where None.
+        max_iterations: limit of fixed-point iterations.
+        fraction_bits: see :class:`memnet.AdditiveCoupling`.
+
+    Raises:
+        ValueError: ``max_iterations`` is less than 1.
+        RuntimeError: at run time, when the inverse has not reached the tolerance; the message says how far it got.
+
+    References:
+        Invertible residual networks (Behrmann et al., 2019), https://arxiv.org/abs/1811.00995
+    """
+
+    def __init__(
+        self,
+        f: nn.Module,
+        tolerance: float | None = None,
+        max_iterations: int = 50,
+        fraction_bits: int | None = FRACTION_BITS,
+    ) -> None:
+        super().__init__()
+        if max_iterations < 1:
+            raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+        self.f = f
+        self.tolerance = tolerance
+        self.max_iterations = max_iterations
+        self.fraction_bits = fraction_bits
+
+    @torch.jit.export
+    def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Map ``[x, *rest]`` to ``[y, *rest]``, ``x`` of shape ``(B, C, ...)``."""
+        x = as_stream(state[0])
+        step = self.f(x).to(x.dtype)
+        bits = self.fraction_bits
+        if bits is not None:
+            step = round_to_grid(step, bits)
+        return [x + step] + state[1:]
+
+    @torch.jit.unused
+    def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Map ``(y, *rest)`` back to ``(x, *rest)``."""
+        return self._solve(self, *state)
+
+    @torch.jit.unused
+    def restore(self, recorded: Recorded) -> tuple[torch.Tensor, ...]:
+        """See :meth:`memnet.Invertible.restore`; ``f`` runs as it ran in the forward pass (autocast, dropout masks)."""
+        return self._solve(recorded.replays.again, *recorded.state)
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def _solve(self, forward, y: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tolerance = _TOLERANCE.get(y.dtype, 1e-5) if self.tolerance is None else self.tolerance
+        scale = max(1.0, torch.linalg.vector_norm(y, float("inf")).item())
+        x, error = y, float("inf")
+        for _ in range(self.max_iterations):
+            image = forward(x)
+            residual = y - (image if isinstance(image, torch.Tensor) else image[0])
+            previous, error = error, torch.linalg.vector_norm(residual, float("inf")).item() / scale
+            # On past the tolerance for as long as it gains: the last bits decide whether the grid gives x back exactly.
+            if error == 0 or (error <= tolerance and error >= previous):
+                break
+            x = x + residual
+        if not error <= tolerance:
+            raise RuntimeError(
+                f"InvertibleResidual: after {self.max_iterations} fixed-point iterations the inverse is still off by {error:.2e} "
+                f"of the largest value (tolerance {tolerance:.0e}). f is not contractive enough: constrain it (e.g. "
+                'torch.nn.utils.parametrizations.spectral_norm), raise max_iterations, or use memory="checkpoint".'
+            )
+        return x, *rest
