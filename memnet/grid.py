@@ -37,13 +37,24 @@ def round_to_grid(x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
         x: a tensor of any shape, float32 or float64.
         fraction_bits: ``k``; see :func:`grid_step`.
     """
+    if not torch.jit.is_scripting():
+        if x.requires_grad and torch.is_grad_enabled() and not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+            return _RoundToGrid.apply(x, fraction_bits)
     step = grid_step(x.dtype, fraction_bits)
     # Powers of two: the products are exact, only the rounding itself changes the value.
-    rounded = (x.detach() * (1.0 / step)).round_().mul_(step)
-    if x.requires_grad and not torch.jit.is_tracing():
-        # Both operations are exact (Sterbenz), so this equals `rounded` bit for bit.
-        return x + (rounded - x.detach())
-    return rounded
+    return (x * (1.0 / step)).round_().mul_(step)
+
+
+class _RoundToGrid(torch.autograd.Function):
+    """Rounding whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
+        return round_to_grid(x, fraction_bits)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient, None
 
 
 def check_range(magnitudes: list[torch.Tensor], fraction_bits: int) -> None:
