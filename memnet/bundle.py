@@ -1,0 +1,174 @@
+"""What a bundle's configs need around MONAI's own workflow: its folder, checked overrides, errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from monai.bundle import ConfigWorkflow
+from monai.bundle.config_item import ConfigComponent
+
+__all__ = ["bundle_root", "check_overrides", "input_error", "one_line_errors", "start"]
+
+# ids that MONAI itself adds to a config
+_OF_MONAI = {"_meta_", "tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "tracking"}
+_PACKAGE = str(Path(__file__).parent)
+
+
+def start() -> str:
+    """Begin a run: refuse unknown overrides, and end the command line's user errors in one line.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        ValueError: if an override names nothing in the config.
+    """
+    one_line_errors()
+    workflow = _calling_workflow()
+    if workflow is not None:
+        check_overrides(workflow)
+    return bundle_root()
+
+
+def bundle_root() -> str:
+    """Return the folder of the bundle whose config is being read, whatever the working directory.
+
+    Returns:
+        An absolute path: the parent of the ``configs`` folder of the MONAI workflow that asks. Where no workflow asks,
+        as when a config is parsed alone, the working directory, as MONAI's own bundles assume.
+    """
+    workflow = _calling_workflow()
+    root = Path() if workflow is None else workflow.config_root_path / ".."
+    return str(root.resolve())
+
+
+def check_overrides(workflow: ConfigWorkflow) -> None:
+    """Refuse an override whose key exists nowhere, which MONAI would take without a word.
+
+    A key is known if one of the bundle's configs has it or if the config in use refers to it. The arguments of a
+    component (``network_def#channels``) are compared with its signature.
+
+    Args:
+        workflow: the workflow with its overrides applied.
+
+    Raises:
+        ValueError: naming the key and the nearest known one.
+    """
+    shipped = _shipped_configs(workflow.config_root_path)
+    config = workflow.parser.get()
+    referred = set(re.findall(r"@(\w+)", json.dumps(config, default=str)))
+    known = {key for content in shipped for key in content} | referred | _OF_MONAI
+    for key in config:
+        if key not in known:
+            raise ValueError(_unknown(key, sorted(k for k in known if k not in _OF_MONAI)))
+    for path, section in _sections(config):
+        originals = [c for c in (_at(content, path) for content in shipped) if isinstance(c, dict)]
+        if not originals:
+            continue
+        target = section.get("_target_")
+        names = {k for c in originals for k in c} | (_parameters(target) if target else set())
+        for key in section:
+            if key not in names and not (target and "**" in names):
+                raise ValueError(_unknown("#".join([*path, key]), ["#".join([*path, k]) for k in sorted(names)]))
+
+
+def input_error(error: BaseException | None) -> ValueError | None:
+    """Find the error about the user's input behind the errors that MONAI wrapped around it.
+
+    Args:
+        error: what was caught.
+
+    Returns:
+        The ``ValueError`` that this package raised, or ``None`` if there is none, that is for a programming error.
+    """
+    while error is not None:
+        if isinstance(error, ValueError) and error.__traceback__ is not None:
+            raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+            if raised_in.startswith(_PACKAGE):
+                return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def one_line_errors() -> None:
+    """Make ``python -m monai.bundle`` end a user's error in one line and exit code 1, without a traceback.
+
+    Elsewhere, as in MONAI Label or a test, nothing is changed and the ``ValueError`` reaches the caller.
+    """
+    if not sys.argv[0].endswith(str(Path("monai", "bundle", "__main__.py"))) or sys.excepthook is _print_input_error:
+        return
+    sys.excepthook = _print_input_error
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_news)
+
+
+def _print_input_error(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    found = input_error(error)
+    if found is None:
+        sys.__excepthook__(kind, error, where)
+    else:
+        print(f"error: {' '.join(str(found).split())}", file=sys.stderr)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Keep ignite and MONAI from reporting an input error before it is printed."""
+    error = record.exc_info[1] if record.exc_info else sys.exc_info()[1]
+    return record.levelno < logging.ERROR or input_error(error) is None
+
+
+def _calling_workflow() -> ConfigWorkflow | None:
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, ConfigWorkflow):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _shipped_configs(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))]
+
+
+def _sections(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and key != "_meta_":
+            yield (*path, key), value
+            yield from _sections(value, (*path, key))
+
+
+def _at(config: dict[str, Any], path: tuple[str, ...]) -> Any:
+    found: Any = config
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _parameters(target: str) -> set[str]:
+    """Return the arguments that a component takes; ``**`` stands for any."""
+    if not isinstance(target, str) or target.startswith("$"):
+        return {"**"}
+    try:
+        name = ConfigComponent({"_target_": target}).resolve_module_name()
+        module, _, attribute = name.rpartition(".")
+        component = getattr(sys.modules.get(module) or __import__(module, fromlist=[attribute]), attribute)
+        parameters = inspect.signature(component).parameters.values()
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return {"**"}
+    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{key!r} is no setting of this bundle{hint}"

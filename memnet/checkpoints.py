@@ -1,0 +1,194 @@
+"""Loads weights with a clear word if they do not fit, and keeps a training able to go on where it was."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from monai.engines import Evaluator
+from torch import nn
+
+__all__ = ["TrainingCheckpoint", "WeightsLoader", "load_weights"]
+
+logger = logging.getLogger("memnet")
+
+
+def load_weights(network: nn.Module, path: str | Path, key: str = "model") -> None:
+    """Load weights into a network, completely or not at all.
+
+    Args:
+        network: the network; one without the variational branch takes weights that have it.
+        path: a ``state_dict`` saved by :func:`torch.save`, or a dictionary that has one under ``key``.
+        key: see ``path``.
+
+    Raises:
+        ValueError: if the file is missing, is no weights file, or does not fit the network, naming what differs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such weights file; train the network first or give --ckpt_path FILE")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not a file of weights, or damaged ({type(error).__name__})") from error
+    weights = weights.get(key, weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise ValueError(f"{path}: holds no dictionary of tensors")
+    wanted = network.state_dict()
+    spare = {k for k in weights if k.startswith("vae.")} if not any(k.startswith("vae.") for k in wanted) else set()
+    missing, unknown = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted) - spare)
+    reshaped = [k for k in wanted if k in weights and wanted[k].shape != weights[k].shape]
+    if missing or unknown or reshaped:
+        counts = f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(reshaped)} of another shape"
+        example = (missing + unknown)[:1] or [
+            f"{k} is {tuple(weights[k].shape)}, expected {tuple(wanted[k].shape)}" for k in reshaped[:1]
+        ]
+        raise ValueError(
+            f"{path}: these weights do not fit {type(network).__name__} ({counts}; e.g. {example[0]}); "
+            "give the --network_name and the network_def settings that they were trained with"
+        )
+    network.load_state_dict({k: v for k, v in weights.items() if k not in spare})
+
+
+class WeightsLoader:
+    """Handler that loads a network's weights when its engine starts, see :func:`load_weights`.
+
+    Args:
+        load_path: file of weights.
+        network: the network to fill.
+    """
+
+    def __init__(self, load_path: str | Path, network: nn.Module) -> None:
+        self.load_path = load_path
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Load."""
+        load_weights(self.network, self.load_path)
+
+
+class TrainingCheckpoint:
+    """Handler that saves the last and the best state of a training, seeds each epoch, and resumes to the same result.
+
+    Every epoch begins with seeds that depend on ``seed`` and the epoch's number alone, so that a training resumed after
+    epoch k draws what an uninterrupted one would have drawn. Files are written beside their target and renamed. MONAI's
+    ``CheckpointSaver`` does neither, and forgets the best metric on resuming.
+
+    ``model_last.pt`` holds the network, optimizer, scheduler, counters and best metric; ``model_best.pt`` the network's
+    ``state_dict`` alone, as bundles ship it.
+
+    Args:
+        save_dir: folder of the two files; made if missing.
+        network: the network itself, not wrapped for several processes.
+        optimizer: its optimizer.
+        lr_scheduler: its scheduler, if any.
+        evaluator: the validation engine, whose key metric decides what is best.
+        random_transforms: transforms with ``set_random_state``.
+        resume: go on from ``model_last.pt``; otherwise files of an earlier training are kept as ``*.previous.pt``.
+        seed: seed of the training.
+
+    Raises:
+        ValueError: on attaching with ``resume``, if there is nothing to resume.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: Any = None,
+        evaluator: Evaluator | None = None,
+        random_transforms: Any = None,
+        resume: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.last, self.best = Path(save_dir) / "model_last.pt", Path(save_dir) / "model_best.pt"
+        self.network = network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.evaluator = evaluator
+        self.random_transforms = random_transforms
+        self.resume = resume
+        self.seed = seed
+        if resume and not self.last.is_file():
+            raise ValueError(f"{self.last}: no training to resume; leave --resume out, or give its --output_dir")
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer, as its last handler but for those that only report."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._seed_epoch)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _start(self, engine: Engine) -> None:
+        if self.resume:
+            self._restore(engine)
+        elif _rank() == 0:
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+            for file in (self.last, self.best):
+                if file.exists():
+                    file.replace(file.with_suffix(".previous.pt"))
+                    logger.warning("kept the earlier training's %s as %s", file, file.with_suffix(".previous.pt").name)
+
+    def _restore(self, engine: Engine) -> None:
+        load_weights(self.network, self.last)
+        state = torch.load(self.last, map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        scaler = getattr(engine, "scaler", None)
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
+        if self.evaluator is not None:
+            self.evaluator.state.best_metric = state["best_metric"]
+            self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
+        logger.info("resumed %s after epoch %d", self.last, state["epoch"])
+
+    def _seed_epoch(self, engine: Engine) -> None:
+        # processes of one training draw differently, epochs never share a seed
+        seed = (self.seed * 1_000_003 + engine.state.epoch * 1009 + _rank()) % 2**32
+        torch.manual_seed(seed)
+        if self.random_transforms is not None:
+            self.random_transforms.set_random_state(seed=seed)
+
+    def _save(self, engine: Engine) -> None:
+        if _rank() != 0:
+            return
+        evaluated = self.evaluator.state if self.evaluator is not None else None
+        scaler = getattr(engine, "scaler", None)
+        state = {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "best_metric": None if evaluated is None else float(evaluated.best_metric),
+            "best_metric_epoch": None if evaluated is None else int(evaluated.best_metric_epoch),
+        }
+        if evaluated is not None and evaluated.best_metric_epoch == engine.state.epoch:
+            _save_whole(self.network.state_dict(), self.best)
+        _save_whole(state, self.last)
+
+
+def _save_whole(content: Any, path: Path) -> None:
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        torch.save(content, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

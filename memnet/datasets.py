@@ -1,0 +1,291 @@
+"""Finds the files of a data set and says what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["IMAGE_SUFFIXES", "find_iseg", "find_scans", "find_training_cases", "read_datalist", "split_folds"]
+
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".hdr")
+
+# "T1", "t1w", "T2w" ... standing alone in a file name: sub-01_T1w.nii.gz, subject-3-T2.hdr, t1.nii
+_MODALITY = re.compile(r"(?<![A-Za-z0-9])T([12])w?(?![A-Za-z0-9])", re.IGNORECASE)
+# files that lie beside the scans but are not scans
+_NOT_A_SCAN = re.compile(r"[-_.](label|seg|mask|tissue)$", re.IGNORECASE)
+
+Case = dict[str, Any]
+
+
+def find_iseg(dataset_dir: str | Path) -> list[Case]:
+    """Find the labelled subjects of an iSeg-2017 or iSeg-2019 folder as distributed.
+
+    The files are ``subject-K-T1.hdr/.img``, ``subject-K-T2.hdr/.img`` and ``subject-K-label.hdr/.img``; the same names
+    with ``.nii`` or ``.nii.gz`` are taken as well. Subjects of the test set, which have no label file, are left out.
+
+    Args:
+        dataset_dir: the folder that holds the files.
+
+    Returns:
+        One ``{"image": [T1, T2], "label": label}`` a subject, in the order of the subjects' numbers.
+
+    Raises:
+        ValueError: if the folder or one of a subject's files is missing, naming the file.
+
+    References:
+        Multi-Site Infant Brain Segmentation Algorithms: The iSeg-2019 Challenge (Sun et al., 2021),
+        https://doi.org/10.1109/TMI.2021.3055428
+    """
+    folder = _folder(dataset_dir, "an iSeg folder with subject-1-T1.hdr, subject-1-T2.hdr, subject-1-label.hdr, ...")
+    numbers = {int(m[1]) for f in folder.iterdir() if (m := re.match(r"subject-(\d+)-label\.", f.name))}
+    if not numbers:
+        raise ValueError(
+            f"{folder}: no labelled iSeg subject found (looked for subject-K-label.hdr, .nii or .nii.gz); "
+            "give --dataset_dir the folder with the iSeg training subjects, or --datalist FILE.json for other data"
+        )
+    cases = []
+    for number in sorted(numbers):
+        t1, t2, label = (_iseg_file(folder, f"subject-{number}-{kind}") for kind in ("T1", "T2", "label"))
+        cases.append({"image": [t1, t2], "label": label})
+    return cases
+
+
+def find_scans(
+    image: str | Path | Sequence[str | Path] | None = None,
+    t1: str | Path | Sequence[str | Path] | None = None,
+    t2: str | Path | Sequence[str | Path] | None = None,
+    dataset_dir: str | Path | None = None,
+    datalist: str | Path | None = None,
+    modality: Literal["T1", "T2"] = "T1",
+    pattern: str = "*",
+) -> list[Case]:
+    """List the scans to segment from whichever of the arguments is given.
+
+    Args:
+        image: one scan or several, each a subject with the single modality ``modality``.
+        t1: T1 scan or scans; with ``t2`` the two lists are paired in order.
+        t2: T2 scan or scans.
+        dataset_dir: a folder; a file named like ``x_T1.nii.gz`` is paired with ``x_T2.nii.gz``, a file whose name tells
+            no modality is a subject of its own. Subfolders are not searched.
+        datalist: JSON file in the format of the Medical Segmentation Decathlon; ``image`` is a file or ``[T1, T2]``.
+        modality: what a scan is when its name does not say.
+        pattern: which file names of ``dataset_dir`` to take, as in ``"*_SS.nii.gz"``.
+
+    Returns:
+        One ``{"image": [T1 or None, T2 or None], "output_name": name}`` a subject, names being unique.
+
+    Raises:
+        ValueError: if nothing is given or found, a file is missing, or two arguments contradict each other.
+    """
+    if modality not in ("T1", "T2"):
+        raise ValueError(f"modality is {modality!r}, expected 'T1' or 'T2'")
+    given = {k for k, v in {"image": image, "t1 or t2": t1 or t2, "datalist": datalist}.items() if v}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(sorted(given))} are given together; give one of them")
+    if image:
+        pairs = [_as_pair(path, modality) for path in _as_list(image)]
+    elif t1 or t2:
+        first, second = _as_list(t1), _as_list(t2)
+        if first and second and len(first) != len(second):
+            raise ValueError(f"t1 names {len(first)} files and t2 names {len(second)}; they are paired one to one")
+        pairs = [[a, b] for a, b in zip(first or [None] * len(second), second or [None] * len(first), strict=True)]
+    elif datalist:
+        sections = read_datalist(datalist)
+        cases = sections.get("test") or sections.get("validation") or sections.get("training") or []
+        pairs = [_as_pair(case["image"], modality) for case in cases]
+    elif dataset_dir:
+        pairs = _pair_folder(_folder(dataset_dir, "a folder with NIfTI files"), modality, pattern)
+    else:
+        raise ValueError(
+            "no input: give --image FILE, --t1 FILE --t2 FILE, --dataset_dir FOLDER or --datalist FILE.json"
+        )
+    for path in (p for pair in pairs for p in pair if p is not None):
+        if not Path(path).exists():
+            raise ValueError(f"{path}: no such file")
+    if not pairs:
+        raise ValueError(f"{datalist}: lists no image")
+    return [{"image": pair, "output_name": name} for pair, name in zip(pairs, _unique_names(pairs), strict=True)]
+
+
+def find_training_cases(
+    dataset_dir: str | Path | None = None,
+    datalist: str | Path | None = None,
+    n_folds: int = 10,
+    fold: int = -1,
+) -> dict[Literal["training", "validation"], list[Case]]:
+    """Find labelled cases and split them: a datalist if one is given, otherwise an iSeg folder.
+
+    Args:
+        dataset_dir: iSeg folder, see :func:`find_iseg`.
+        datalist: Decathlon datalist; its ``validation`` section is used if it has one.
+        n_folds: number of folds; ten of ten subjects is the paper's split of nine to one.
+        fold: the fold kept for validation, counted from 0; -1 is the last.
+
+    Returns:
+        The cases for training and for validation, disjoint.
+
+    Raises:
+        ValueError: if nothing is found, a case has no label, or fewer than two cases are there to split.
+    """
+    if datalist:
+        sections = read_datalist(datalist)
+        cases, validation = sections.get("training", []), sections.get("validation", [])
+        for case in [*cases, *validation]:
+            if "label" not in case:
+                raise ValueError(f"{datalist}: the case {case['image']} has no label")
+            for path in [*_as_list(case["image"]), case["label"]]:
+                if path is not None and not Path(path).exists():
+                    raise ValueError(f"{datalist}: lists {path}, which does not exist")
+        if not cases:
+            raise ValueError(f"{datalist}: its section 'training' is empty or missing")
+        if validation:
+            return {"training": cases, "validation": validation}
+    elif dataset_dir:
+        cases = find_iseg(dataset_dir)
+    else:
+        raise ValueError(
+            "no data set: give --dataset_dir FOLDER (iSeg-2019) or --datalist FILE.json (Decathlon format)"
+        )
+    training, validation = split_folds(cases, n_folds, fold)
+    return {"training": training, "validation": validation}
+
+
+def split_folds(cases: Sequence[Case], n_folds: int = 10, fold: int = -1) -> tuple[list[Case], list[Case]]:
+    """Split cases into those of all folds but one and those of that one.
+
+    Args:
+        cases: at least two.
+        n_folds: number of folds, at most one a case (fewer cases than folds make a fold of one case each).
+        fold: the fold to keep apart, -n_folds <= fold < n_folds.
+
+    Returns:
+        The other folds' cases and the chosen fold's.
+
+    Raises:
+        ValueError: if there are fewer than two cases or the fold does not exist.
+    """
+    if len(cases) < 2:
+        raise ValueError(f"{len(cases)} labelled case found; training and validation need at least 2")
+    n_folds = min(n_folds, len(cases))
+    if n_folds < 2 or not -n_folds <= fold < n_folds:
+        raise ValueError(f"fold is {fold} of {n_folds} folds; expected a fold from 0 to {n_folds - 1} of at least 2")
+    fold %= n_folds
+    kept = [case for i, case in enumerate(cases) if i % n_folds == fold]
+    return [case for i, case in enumerate(cases) if i % n_folds != fold], kept
+
+
+def read_datalist(path: str | Path) -> dict[str, list[Case]]:
+    """Read a datalist in the format of the Medical Segmentation Decathlon.
+
+    Args:
+        path: JSON file with sections ``training``, ``validation``, ``test`` of ``{"image": ..., "label": ...}``; a file
+            name is relative to the JSON file's folder. ``image`` may be a list ``[T1, T2]`` in which ``null`` marks a
+            modality that the subject lacks. A section's entry may be the image's name alone.
+
+    Returns:
+        The sections, with absolute paths.
+
+    Raises:
+        ValueError: if the file is missing, is no JSON, or an entry has no image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such datalist file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(content, dict) or not any(k in content for k in ("training", "validation", "test")):
+        raise ValueError(f"{path}: expected an object with a section 'training', 'validation' or 'test'")
+
+    def absolute(name: Any) -> Any:
+        if isinstance(name, list):
+            return [absolute(n) for n in name]
+        return name if name is None else str((path.parent / name).absolute())
+
+    sections: dict[str, list[Case]] = {}
+    for section in ("training", "validation", "test"):
+        sections[section] = []
+        for entry in content.get(section, []):
+            case = {"image": entry} if isinstance(entry, (str, list)) else entry
+            if not isinstance(case, dict) or not case.get("image"):
+                raise ValueError(f"{path}: the entry {entry!r} of section {section!r} names no image")
+            sections[section].append({k: absolute(v) for k, v in case.items() if k in ("image", "label")})
+    return sections
+
+
+def _folder(path: str | Path, expected: str) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected {expected}")
+    return folder
+
+
+def _iseg_file(folder: Path, stem: str) -> str:
+    for suffix in IMAGE_SUFFIXES:
+        if (folder / f"{stem}{suffix}").is_file():
+            if suffix == ".hdr" and not (folder / f"{stem}.img").is_file():
+                raise ValueError(f"{folder / stem}.img: missing beside its header {stem}.hdr")
+            return str(folder / f"{stem}{suffix}")
+    raise ValueError(f"{folder}: {stem} is missing (looked for {', '.join(stem + s for s in IMAGE_SUFFIXES)})")
+
+
+def _as_list(value: str | Path | Sequence[Any] | None) -> list[Any]:
+    if value is None or value == "":
+        return []
+    return [value] if isinstance(value, (str, Path)) else list(value)
+
+
+def _as_pair(image: str | Path | Sequence[Any], modality: str) -> list[Any]:
+    if isinstance(image, (str, Path)):
+        return [image, None] if modality == "T1" else [None, image]
+    pair = list(image)
+    if not 1 <= len(pair) <= 2 or all(p is None for p in pair):
+        raise ValueError(f"{image!r}: expected one file or the two modalities [T1, T2], got {len(pair)}")
+    return pair if len(pair) == 2 else _as_pair(pair[0], modality)
+
+
+def _stem(path: str | Path) -> str:
+    name = Path(path).name
+    return next((name[: -len(s)] for s in (*IMAGE_SUFFIXES, ".img") if name.lower().endswith(s)), Path(name).stem)
+
+
+def _pair_folder(folder: Path, modality: str, pattern: str) -> list[list[Any]]:
+    files = [
+        f
+        for f in sorted(folder.glob(pattern))
+        if f.is_file() and f.name.lower().endswith(IMAGE_SUFFIXES) and not f.name.startswith(".")
+    ]
+    subjects: dict[str, list[Any]] = {}
+    for file in files:
+        stem = _stem(file)
+        if _NOT_A_SCAN.search(stem):
+            continue
+        match = _MODALITY.search(stem)
+        channel = int(match[1]) - 1 if match else ("T1", "T2").index(modality)
+        key = stem[: match.start()] + "\0" + stem[match.end() :] if match else stem
+        pair = subjects.setdefault(key, [None, None])
+        if pair[channel] is not None:
+            raise ValueError(f"{file}: a second file of the same subject and modality as {pair[channel]}")
+        pair[channel] = str(file)
+    if not subjects:
+        raise ValueError(
+            f"{folder}: no scan found (looked for {pattern} ending in {', '.join(IMAGE_SUFFIXES)}; "
+            "subfolders are not searched)"
+        )
+    return list(subjects.values())
+
+
+def _unique_names(pairs: Sequence[Sequence[Any]]) -> list[str]:
+    paths = [Path(next(p for p in pair if p is not None)).absolute() for pair in pairs]
+    names = [_stem(path) for path in paths]
+    if len(set(names)) < len(names):
+        # subject_1/T1.nii.gz, subject_2/T1.nii.gz: the folder tells them apart
+        names = [f"{path.parent.name}_{name}" for path, name in zip(paths, names, strict=True)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name}: several inputs would be written under this name; give them different file names")
+    return names

@@ -1,0 +1,118 @@
+"""Tells the person at the terminal how a run goes: files and tissue volumes, progress, image panels."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import nibabel as nib
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
+
+from memnet.metrics import tissue_volumes
+from memnet.overlay import draw_overlay
+from memnet.transforms.labels import TISSUES
+
+__all__ = ["TissueReport", "TrainingProgress", "middle_planes"]
+
+logger = logging.getLogger("memnet")
+
+
+class TissueReport:
+    """Handler that reports each label map's file and tissue volumes, and draws its overlay if asked.
+
+    After the run ``tissue_volumes.csv`` in the output folder holds the volumes of all scans in ml.
+
+    Args:
+        output_dir: where the label maps are written.
+        overlay: write ``<label map>.png`` beside each label map.
+    """
+
+    def __init__(self, output_dir: str | Path, overlay: bool = False) -> None:
+        self.output_dir = Path(output_dir)
+        self.overlay = overlay
+        self.rows: list[dict[str, str | float]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the evaluator whose postprocessing has saved ``pred`` with ``savepath_in_metadict``."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
+        engine.add_event_handler(Events.COMPLETED, self._write_table)
+
+    def _report(self, engine: Engine) -> None:
+        for case in cast(list[dict[str, Any]], engine.state.output):
+            meta = case["pred"].meta
+            labels, scan = Path(str(meta["saved_to"])), Path(meta["filename_or_obj"])
+            image = nib.load(labels)
+            volumes = tissue_volumes(np.asarray(image.dataobj), image.affine)
+            logger.info("%s", scan)
+            logger.info("  label map  %s", labels)
+            if self.overlay:
+                picture = labels.with_name(labels.name.removesuffix(".gz").removesuffix(".nii") + ".png")
+                draw_overlay(scan, labels, picture)
+                logger.info("  overlay    %s", picture)
+            logger.info("  volumes    %s", ", ".join(f"{name} {volumes[name]:.1f} ml" for name in TISSUES))
+            if not any(volumes.values()):
+                logger.warning("  no brain tissue was found in this scan; look at it before using the result")
+            self.rows.append({"file": str(scan), **{f"{name} [ml]": round(v, 3) for name, v in volumes.items()}})
+
+    def _write_table(self, engine: Engine) -> None:
+        if not self.rows:
+            return
+        target = self.output_dir / "tissue_volumes.csv"
+        partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        partial.replace(target)
+        logger.info("volumes of all scans: %s", target)
+
+
+class TrainingProgress(ProgressBar):
+    """Progress bar of a training's epochs with the loss.
+
+    Args:
+        output_transform: the loss of an engine's output.
+    """
+
+    def __init__(self, output_transform: Callable[[Any], Any]) -> None:
+        super().__init__(persist=False, ncols=100)
+        self.loss = output_transform
+
+    def attach(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
+        """Attach to a trainer."""
+        super().attach(engine, output_transform=lambda output: {"loss": float(self.loss(output))})
+
+
+def middle_planes(*keys: str) -> Callable[[Sequence[dict[str, Any]]], Any]:
+    """Return a transform that takes the middle axial plane of volumes, for TensorBoard.
+
+    Args:
+        keys: entries ``(C, D, H, W)``; of an image the first channel that is not empty is shown, of one-hot classes
+            (more than two channels) the index of the largest.
+
+    Returns:
+        A function of decollated data to a list of ``(1, H, D)`` planes, or a tuple of such lists for several keys.
+    """
+
+    def plane(volume: torch.Tensor) -> torch.Tensor:
+        volume = torch.as_tensor(volume).detach().float()
+        middle = volume[..., volume.shape[-1] // 2]
+        if middle.shape[0] > 2:
+            shown = middle.argmax(0) / (middle.shape[0] - 1)
+        else:
+            shown = next((c for c in middle if bool((c != 0).any())), middle[0])
+        # x to the right, anterior up
+        return shown.T.flip(0)[None].cpu()
+
+    def planes(data: Sequence[dict[str, Any]]) -> Any:
+        shown = tuple([plane(case[key]) for case in data] for key in keys)
+        return shown if len(keys) > 1 else shown[0]
+
+    return planes

@@ -1,0 +1,61 @@
+"""Writes label maps so that a file is either complete or absent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from monai.config import PathLike
+from monai.data import NibabelWriter
+
+__all__ = ["AtomicNibabelWriter", "output_name"]
+
+
+class AtomicNibabelWriter(NibabelWriter):
+    """MONAI's NIfTI writer, writing beside the target first and renaming; sform and qform both hold the affine."""
+
+    def write(self, filename: PathLike, verbose: bool = False, **kwargs: Any) -> None:
+        """Write the label map.
+
+        Args:
+            filename: the target, ending in ``.nii.gz`` or ``.nii``; its folder must exist.
+            verbose: log the file's name.
+            kwargs: MONAI's further arguments.
+        """
+        target = Path(filename)
+        partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
+        try:
+            super().write(partial, verbose=verbose, **kwargs)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def create_backend_obj(
+        cls, data_array: Any, affine: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> nib.nifti1.Nifti1Image:
+        """Make the image; programs that read the qform alone find the affine there, too."""
+        image = super().create_backend_obj(data_array, affine=affine, dtype=dtype, **kwargs)
+        image.set_sform(image.affine, code=1)
+        image.set_qform(np.asarray(image.affine, dtype=np.float64), code=1, strip_shears=True)
+        image.header.set_xyzt_units("mm")
+        return image
+
+
+def output_name(meta: Mapping[str, Any], saver: Any = None) -> dict[str, Any]:
+    """Name an output after its input; the ``output_name_formatter`` of MONAI's ``SaveImage``.
+
+    Args:
+        meta: the image's metadata; ``output_name`` where the data set gave one, otherwise the file's name.
+        saver: the calling transform, not used.
+
+    Returns:
+        The arguments of MONAI's ``FolderLayout.filename``.
+    """
+    name = meta.get("output_name")
+    # the layout cuts the last extension off
+    return {"subject": f"{name}.nii.gz" if name else str(meta.get("filename_or_obj", "image")), "idx": None}
