@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from memnet.grid import FRACTION_BITS, as_stream, round_to_grid
+from memnet.grid import FRACTION_BITS, add_on_grid, as_stream
 from memnet.invertible import Invertible, Recorded
 from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
 
@@ -49,29 +49,20 @@ class AdditiveCoupling(Invertible):
         """Map ``[x1, x2, *rest]`` to ``[y1, y2, *rest]``, each stream ``(B, C, ...)``."""
         x1, x2 = as_stream(state[0]), as_stream(state[1])
         if torch.jit.is_scripting():
-            y1 = x1 + self.increment(self.f(x2), x1)
-            y2 = x2 + self.increment(self.g(y1), x2)
+            y1 = add_on_grid(x1, self.f(x2), self.fraction_bits)
+            y2 = add_on_grid(x2, self.g(y1), self.fraction_bits)
         else:
-            y1 = x1 + self.increment(_guarded(self.f, x2), x1)
-            y2 = x2 + self.increment(_guarded(self.g, y1), x2)
+            y1 = add_on_grid(x1, _guarded(self.f, x2), self.fraction_bits)
+            y2 = add_on_grid(x2, _guarded(self.g, y1), self.fraction_bits)
         return [y1, y2] + state[2:]
 
     @torch.jit.unused
     def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Map ``(y1, y2, *rest)`` back to ``(x1, x2, *rest)``."""
         y1, y2, *rest = state
-        x2 = y2 - self.increment(_guarded(self.g, y1), y2)
-        x1 = y1 - self.increment(_guarded(self.f, x2), y1)
+        x2 = add_on_grid(y2, _guarded(self.g, y1), self.fraction_bits, -1.0)
+        x1 = add_on_grid(y1, _guarded(self.f, x2), self.fraction_bits, -1.0)
         return x1, x2, *rest
-
-    @torch.jit.export
-    def increment(self, branch: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
-        """Bring a branch's output to the stream's precision and grid."""
-        branch = branch.to(stream.dtype)
-        bits = self.fraction_bits
-        if bits is not None:
-            branch = round_to_grid(branch, bits)
-        return branch
 
     @torch.jit.unused
     def record(self, *state: torch.Tensor) -> Recorded:
@@ -79,8 +70,8 @@ class AdditiveCoupling(Invertible):
         x1, x2, *rest = state
         x1, x2 = as_stream(x1), as_stream(x2)
         replay_f, replay_g = Replay(_Guarded(self.f)), Replay(_Guarded(self.g))
-        y1 = x1 + self.increment(*replay_f.first(x2), x1)
-        y2 = x2 + self.increment(*replay_g.first(y1), x2)
+        y1 = add_on_grid(x1, *replay_f.first(x2), self.fraction_bits)
+        y2 = add_on_grid(x2, *replay_g.first(y1), self.fraction_bits)
         return Recorded((y1, y2, *rest), (replay_f, replay_g))
 
     @torch.jit.unused
@@ -96,14 +87,14 @@ class AdditiveCoupling(Invertible):
         del recorded, gradients
 
         (branch,), pull = replay_with_grad([replay_g], [y1])
-        x2 = y2 - self.increment(branch, y2)
+        x2 = add_on_grid(y2, branch, self.fraction_bits, -1.0)
         del branch, y2
         (step,), parameter_gradients = pull([d2])
         d1 = d1 if step is None else d1 + step
         del pull, step
 
         (branch,), pull = replay_with_grad([replay_f], [x2])
-        x1 = y1 - self.increment(branch, y1)
+        x1 = add_on_grid(y1, branch, self.fraction_bits, -1.0)
         del branch, y1
         (step,), more = pull([d1])
         d2 = d2 if step is None else d2 + step

@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["as_stream", "check_range", "grid_step", "round_to_grid", "stream_limit"]
+__all__ = ["add_on_grid", "as_stream", "check_range", "grid_step", "round_to_grid", "stream_limit"]
 
 FRACTION_BITS = 16
 """Default grid: multiples of 2^-16 in float32, which holds streams of magnitude below 2^(24-16) = 256."""
@@ -55,6 +55,43 @@ class _RoundToGrid(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return gradient, None
+
+
+def add_on_grid(stream: torch.Tensor, branch: torch.Tensor, fraction_bits: int | None, sign: float = 1.0) -> torch.Tensor:
+    """Add a branch's output, brought to the stream's precision and rounded to the grid, to a residual stream.
+
+    Args:
+        stream: ``(B, C, ...)``, float32 or float64.
+        branch: the increment, of the same shape and any floating-point dtype.
+        fraction_bits: ``k``; see :func:`grid_step`. None adds without rounding.
+        sign: 1 to add, -1 to subtract.
+
+    Returns:
+        ``stream + sign * [branch]``; for multiples of the grid step the two signs undo each other exactly. The gradient is
+        that of the unrounded sum.
+    """
+    if fraction_bits is None:
+        return torch.add(stream, branch.to(stream.dtype), alpha=sign)
+    if not torch.jit.is_scripting():
+        tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if torch.is_grad_enabled() and (stream.requires_grad or branch.requires_grad) and not tracing:
+            return _AddOnGrid.apply(stream, branch, fraction_bits, sign)
+    step = grid_step(stream.dtype, fraction_bits)
+    counts = (branch.to(stream.dtype) * (1.0 / step)).round_()
+    return counts.mul_(sign * step).add_(stream)
+
+
+class _AddOnGrid(torch.autograd.Function):
+    """Addition on the grid, with the gradient of an addition."""
+
+    @staticmethod
+    def forward(ctx, stream: torch.Tensor, branch: torch.Tensor, fraction_bits: int, sign: float) -> torch.Tensor:
+        ctx.dtype, ctx.sign = branch.dtype, sign
+        return add_on_grid(stream, branch, fraction_bits, sign)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient, (gradient if ctx.sign == 1 else gradient * ctx.sign).to(ctx.dtype), None, None
 
 
 def check_range(magnitudes: list[torch.Tensor], fraction_bits: int) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from memnet.grid import FRACTION_BITS, as_stream, round_to_grid
+from memnet.grid import FRACTION_BITS, add_on_grid, as_stream
 from memnet.invertible import Invertible, Recorded
 
 __all__ = ["InvertibleResidual"]
@@ -50,11 +50,7 @@ class InvertibleResidual(Invertible):
     def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
         """Map ``[x, *rest]`` to ``[y, *rest]``, ``x`` of shape ``(B, C, ...)``."""
         x = as_stream(state[0])
-        step = self.f(x).to(x.dtype)
-        bits = self.fraction_bits
-        if bits is not None:
-            step = round_to_grid(step, bits)
-        return [x + step] + state[1:]
+        return [add_on_grid(x, self.f(x), self.fraction_bits)] + state[1:]
 
     @torch.jit.unused
     def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
