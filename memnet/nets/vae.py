@@ -1,6 +1,6 @@
 """The variational branch that regularises a segmentation network by reconstructing its input."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from monai.networks.layers.factories import Conv
@@ -61,7 +61,11 @@ class VariationalBranch(nn.Module):
         """
         joined = torch.cat(list(features), 1)
         cells = self.reduce(joined)
-        pool = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
+        pool: tuple[Callable[..., torch.Tensor], ...] = (
+            functional.adaptive_avg_pool1d,
+            functional.adaptive_avg_pool2d,
+            functional.adaptive_avg_pool3d,
+        )
         cells = pool[len(self.grid) - 1](cells, self.grid)
         mean, log_variance = self.encode(cells.flatten(1)).float().chunk(2, 1)
         # Beyond these bounds exp() overflows half precision long before the divergence could pull the value back.
