@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +16,10 @@ PullBack = Callable[[Sequence[torch.Tensor | None]], tuple[list[torch.Tensor | N
 class Replay:
     """One call of a module, remembered well enough to be repeated bit for bit.
 
-    The first call notes the autocast state, the buffers of modules in training mode (batch statistics, power iterations), and
-    the state of the random generators if the call drew from them. A repetition runs under all of these, leaves the
-    module's buffers and the global random state untouched, and uses aliases of the parameters, so that hooks
-    registered on parameters see one gradient a step and not two.
+    The first call notes the parameters, the autocast state, which modules are in training mode and the buffers of these
+    (batch statistics, power iterations), and the state of the random generators if the call drew from them. A
+    repetition runs under all of these, leaves the module's buffers and the global random state untouched, and uses
+    aliases of the parameters, so that hooks registered on parameters see one gradient a step and not two.
 
     Args:
         module: the module to call.
@@ -26,6 +27,8 @@ class Replay:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._parameters: dict[str, tuple[nn.Parameter, int]] = {}
+        self._modes: list[tuple[nn.Module, bool]] = []
         self._autocast: list[tuple[str, bool, torch.dtype]] = []
         self._buffers: dict[str, torch.Tensor] = {}
         self._random: tuple[torch.Tensor, dict[int, torch.Tensor]] | None = None
@@ -34,6 +37,9 @@ class Replay:
         """Call the module, remembering what a repetition needs."""
         types = sorted({"cpu"} | {x.device.type for x in inputs})
         self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
+        # Noted now, not looked up later: inside the repetition of a surrounding chain these are that chain's aliases.
+        self._parameters = {name: (p, p._version) for name, p in _named_parameters(self.module)}
+        self._modes = [(child, child.training) for child in self.module.modules()]
         self._buffers = _training_buffers(self.module)
         before = _random_state(inputs)
         with _without_autocast_cache():
@@ -53,14 +59,24 @@ class Replay:
         Args:
             inputs: the inputs of the first call, bit for bit.
             aliases: tensors to use in place of the parameters; the missing ones are made and added.
+
+        Raises:
+            RuntimeError: a parameter was changed since the first call.
         """
         aliases = {} if aliases is None else aliases
-        for parameter in self.module.parameters():
+        substitutes: dict[str, torch.Tensor] = {}
+        for name, (parameter, version) in self._parameters.items():
+            if parameter._version != version:
+                raise RuntimeError(
+                    f"parameter {name} was changed in place between the forward and the backward pass, e.g. by an "
+                    "optimiser step; the backward pass needs it as it was."
+                )
             if parameter not in aliases:
                 aliases[parameter] = parameter.detach().requires_grad_(parameter.requires_grad)
-        substitutes = {name: aliases[parameter] for name, parameter in self.module.named_parameters()}
+            substitutes[name] = aliases[parameter]
         substitutes |= {name: buffer.clone() for name, buffer in self._buffers.items()}
         with ExitStack() as stack:
+            stack.enter_context(_training_modes(self._modes))
             if self._random is not None:
                 cpu, cuda = self._random
                 stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
@@ -69,7 +85,7 @@ class Replay:
                     torch.cuda.set_rng_state(state, device)
             for device_type, enabled, dtype in self._autocast:
                 stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
-            return _as_tuple(torch.func.functional_call(self.module, substitutes, inputs))
+            return _as_tuple(torch.func.functional_call(self.module, substitutes, inputs, tie_weights=False))
 
 
 def replay_with_grad(
@@ -103,11 +119,12 @@ def replay_with_grad(
             for root, gradient, dtype in zip(roots, gradients, dtypes, strict=True)
             if root is not None and gradient is not None
         ]
-        found = iter([None] * len(targets))
+        found: Iterator[torch.Tensor | None] = iter([None] * len(targets))
         if used and targets:
-            found = iter(torch.autograd.grad([r for r, _ in used], targets, [g for _, g in used], allow_unused=True))
+            outputs: Any = [root for root, _ in used]  # tensors and edges, which autograd takes together
+            found = iter(torch.autograd.grad(outputs, targets, [g for _, g in used], allow_unused=True))
         input_gradients = [next(found) if x.requires_grad else None for x in leaves]
-        parameter_gradients = {}
+        parameter_gradients: Gradients = {}
         for parameter, alias in aliases.items():
             gradient = next(found) if alias.requires_grad else None
             if gradient is not None:
@@ -127,6 +144,14 @@ def _as_tuple(state: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tenso
     return (state,) if isinstance(state, torch.Tensor) else tuple(state)
 
 
+def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    # Every place of a shared parameter, but one name of a shared module: functional_call's own handling of ties swaps the
+    # parameters of a module with two names twice, and leaves the substitutes in it.
+    for prefix, child in module.named_modules():
+        for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+            yield f"{prefix}.{name}" if prefix else name, parameter
+
+
 def _training_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return {
         f"{prefix}.{name}" if prefix else name: buffer.clone()
@@ -134,6 +159,19 @@ def _training_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
         if child.training
         for name, buffer in child.named_buffers(recurse=False)
     }
+
+
+@contextmanager
+def _training_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Set modules to the modes they had, e.g. if ``eval()`` was called between the forward and the backward pass."""
+    changed = [(module, mode) for module, mode in modes if module.training != mode]
+    for module, mode in changed:
+        module.training = mode
+    try:
+        yield
+    finally:
+        for module, mode in changed:
+            module.training = not mode
 
 
 def _random_state(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
