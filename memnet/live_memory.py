@@ -1,4 +1,4 @@
-"""Peak of the memory that is alive at once while something runs: what training really needs, whatever the allocator caches."""
+"""Peak of the memory that is alive at once while something runs: what it really needs, whatever the allocator caches."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -11,8 +11,8 @@ __all__ = ["peak_live_bytes"]
 def peak_live_bytes(run: Callable[[], object], parameters: Iterable[torch.Tensor] = (), device: str = "cpu") -> int:
     """Measure the peak of the bytes allocated by ``run`` and not yet freed.
 
-    Counts every allocation that PyTorch makes, in forward and backward passes alike; what was alive before does not count, and
-    neither does what libraries allocate by themselves (oneDNN, cuDNN workspaces outside of PyTorch's allocator).
+    Counts every allocation that PyTorch makes, in forward and backward passes alike. What was alive before does not
+    count, and neither does what libraries allocate by themselves, past PyTorch's allocator (oneDNN).
 
     Args:
         run: what to measure, e.g. a forward and backward pass; what it returns stays alive until the measurement ends.
@@ -46,7 +46,7 @@ def peak_live_bytes(run: Callable[[], object], parameters: Iterable[torch.Tensor
 
 
 def _allocations(tree: list, device: str) -> Iterator[tuple[int, int]]:
-    """Yield address and size of each allocation, and of each deallocation with a negative size, in the order of time."""
+    """Yield address and size of each allocation, and with a negative size of each deallocation, in the order of time."""
     events = []
     stack = list(tree)
     while stack:
@@ -54,5 +54,5 @@ def _allocations(tree: list, device: str) -> Iterator[tuple[int, int]]:
         stack += event.children
         if event.tag == torch._C._profiler._EventType.Allocation and event.extra_fields.device.type == device:
             events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-    # Of a deallocation and an allocation within one nanosecond the deallocation comes first: an address is reused, not shared.
+    # Within one nanosecond a deallocation comes first: an address is reused, not shared.
     return ((address, size) for _, address, size in sorted(events, key=lambda e: (e[0], e[2] > 0)))

@@ -1,0 +1,216 @@
+"""A chain computes the same under every memory strategy, for every kind of state."""
+
+import math
+
+import pytest
+import torch
+from checks import MEMORIES, branch, check_parity, couplings, differing, step, streams, weigh
+from monai.bundle import ConfigParser
+from torch import nn
+
+from memnet import AdditiveCoupling, Chain, ChannelMerge, ChannelSplit, set_memory
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("n_blocks", [1, 2, 5])
+def test_every_strategy_gives_the_same(n_blocks, autocast, device):
+    check_parity(couplings(n_blocks).to(device), streams(device=device), autocast)
+
+
+def test_every_strategy_gives_the_same_in_float64(device):
+    check_parity(couplings(3).to(device, torch.float64), streams(device=device, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("segment", [None, 1, 2, 7])
+def test_every_checkpoint_segment_gives_the_same(segment):
+    chain = Chain(couplings(5), segment=segment)
+    inputs = streams()
+    assert differing(step(chain, inputs, "checkpoint"), step(chain, inputs, "store")) == []
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "recursive"])
+def test_any_module_can_be_a_block(memory):
+    chain, (x,) = Chain([nn.Conv1d(3, 4, 3), nn.Sigmoid(), nn.Conv1d(4, 2, 1)], memory), streams(n=1)
+    torch.testing.assert_close(chain(x), nn.Sequential(*chain)(x), rtol=0, atol=2**-16)
+    assert differing(step(chain, [x]), step(chain, [x], "store")) == []
+
+
+def _count_calls(modules):
+    calls = dict.fromkeys(modules, 0)
+
+    def count(module, _):
+        calls[module] += 1
+
+    for module in modules:
+        module.register_forward_pre_hook(count)
+    return calls
+
+
+def test_invert_calls_f_and_g_exactly_twice_a_step():
+    chain = couplings(6)
+    calls = _count_calls([part for block in chain for part in (block.f, block.g)])
+    step(chain, streams(), "invert")
+    assert set(calls.values()) == {2}
+
+
+def test_checkpoint_calls_each_block_twice_a_step():
+    chain = Chain([branch() for _ in range(10)])
+    calls = _count_calls(list(chain))
+    step(chain, streams(n=1), "checkpoint")
+    assert set(calls.values()) == {2}
+
+
+@pytest.mark.parametrize("n_blocks", [1, 8, 64])
+def test_recursive_calls_each_block_a_logarithmic_number_of_times(n_blocks):
+    chain = Chain([branch() for _ in range(n_blocks)])
+    calls = _count_calls(list(chain))
+    step(chain, streams(n=1), "recursive")
+    assert max(calls.values()) == math.log2(n_blocks) + 2
+
+
+@pytest.mark.parametrize(
+    ("memory", "least", "most"), [("store", 64, 1000), ("checkpoint", 8, 8), ("recursive", 1, 1), ("invert", 1, 1)]
+)
+def test_activations_kept_between_forward_and_backward(memory, least, most):
+    chain, inputs, kept = couplings(64), streams(), {}
+    chain.memory = memory
+    parameters = {p.data_ptr() for p in chain.parameters()}
+
+    def keep(x):
+        if x.data_ptr() not in parameters:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outputs = chain(*inputs)
+    assert least <= sum(kept.values()) / sum(y.nbytes for y in outputs) <= most
+
+
+def test_state_dict_is_the_same_under_every_strategy():
+    chain = couplings(2)
+    keys = list(chain.state_dict())
+    assert keys[:3] == ["0.f.0.weight", "0.f.0.bias", "0.f.2.weight"]
+    for memory in MEMORIES:
+        chain.memory = memory
+        assert list(chain.state_dict()) == keys
+
+
+@pytest.mark.parametrize("memory", ["store", *MEMORIES])
+def test_memory_is_set_from_a_config(memory):
+    coupling = {"_target_": "memnet.AdditiveCoupling", "f": {"_target_": "torch.nn.Conv1d"}}
+    conv = {"_target_": "torch.nn.Conv1d", "in_channels": 3, "out_channels": 3, "kernel_size": 1}
+    coupling |= {"f": conv, "g": conv}
+    parser = ConfigParser({"chain": {"_target_": "memnet.Chain", "blocks": [coupling, coupling], "memory": memory}})
+    chain = parser.get_parsed_content("chain")
+    assert isinstance(chain, Chain) and chain.memory == memory
+    assert len(step(chain, streams())[0]) == 2
+
+
+def test_set_memory_switches_every_chain_in_a_module():
+    net = nn.Sequential(couplings(1), nn.ModuleDict({"inner": couplings(2)}))
+    assert set_memory(net, "recursive") is net
+    assert [m.memory for m in net.modules() if isinstance(m, Chain)] == ["recursive"] * 2
+    with pytest.raises(ValueError, match=r"Sequential has no memnet\.Chain"):
+        set_memory(nn.Sequential(), "store")
+
+
+def test_unknown_memory_is_refused():
+    with pytest.raises(ValueError, match="store, checkpoint, recursive, invert, got 'magic'"):
+        Chain(couplings(1), "magic")
+
+
+def test_invert_refuses_a_block_without_inverse():
+    with pytest.raises(ValueError, match="block 1 is a Conv1d"):
+        Chain([*couplings(1), nn.Conv1d(3, 3, 1)], "invert")
+
+
+def test_inverse_refuses_a_block_without_inverse():
+    with pytest.raises(TypeError, match="Conv1d is not invertible"):
+        Chain([nn.Conv1d(3, 3, 1)]).inverse(*streams(n=1))
+
+
+@pytest.mark.parametrize("arguments", [{"blocks": []}, {"blocks": [nn.Identity()], "segment": 0}])
+def test_empty_chain_and_segment_are_refused(arguments):
+    with pytest.raises(ValueError):
+        Chain(**arguments)
+
+
+def test_inverse_of_a_chain():
+    chain, inputs = couplings(5), streams()
+    for x, y in zip(inputs, chain.inverse(*chain(*inputs)), strict=True):
+        torch.testing.assert_close(y, x, rtol=0, atol=2**-17)
+
+
+def test_slice_is_a_chain_of_the_same_blocks():
+    chain = couplings(4)
+    chain.memory = "invert"
+    part = chain[1:3]
+    assert isinstance(part, Chain) and part.memory == "invert" and list(part) == [chain[1], chain[2]]
+
+
+def test_state_may_hold_tensors_that_are_not_floating_point():
+    chain, (x1, x2) = couplings(3), streams()
+    labels = torch.tensor([3, 1, 2])
+    check_parity_with(chain, [x1, x2, labels])
+    chain.memory = "invert"
+    assert torch.equal(chain(x1, x2, labels)[2], labels)
+
+
+def check_parity_with(chain, inputs):
+    stored = step(chain, inputs, "store")
+    assert stored[1]["input 0"] is not None
+    for memory in MEMORIES:
+        assert differing(step(chain, inputs, memory), stored) == [], memory
+
+
+def test_state_may_hold_a_tensor_that_no_block_uses():
+    check_parity(couplings(3), streams(n=3))
+
+
+def test_outputs_that_the_loss_does_not_use():
+    chain, inputs = couplings(3), streams()
+    gradients = {}
+    for memory in ("store", *MEMORIES):
+        chain.memory = memory
+        chain.zero_grad()
+        weigh([chain(*inputs)[0]]).backward()
+        gradients[memory] = [p.grad for p in chain.parameters()]
+    for memory in MEMORIES:
+        for a, b in zip(gradients[memory], gradients["store"], strict=True):
+            assert torch.equal(torch.zeros_like(a) if b is None else b, a)
+
+
+@pytest.mark.parametrize("inner", ["store", *MEMORIES])
+def test_chains_nest(inner):
+    chain = Chain([ChannelSplit(), couplings(2), AdditiveCoupling(branch(), branch()), couplings(2), ChannelMerge()])
+    inputs = streams(2, 6, 5, n=1)
+    stored = step(chain, inputs, "store")
+    for memory in MEMORIES:
+        chain.memory = memory
+        for child in chain:
+            if isinstance(child, Chain):
+                child.memory = inner
+        assert differing(step(chain, inputs), stored) == [], memory
+
+
+def test_weights_shared_between_blocks():
+    f, g, h = branch(), branch(), branch()
+    chain, inputs = Chain([AdditiveCoupling(f, g), AdditiveCoupling(f, h), AdditiveCoupling(g, g)]).double(), streams()
+    inputs = [x.double() for x in inputs]
+    stored = step(chain, inputs, "store")[1]
+    for memory in MEMORIES:
+        # close, since sums of more than two terms depend on the order
+        torch.testing.assert_close(step(chain, inputs, memory)[1], stored, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_used_twice():
+    block = AdditiveCoupling(branch(), branch())
+    check_parity(Chain([block, AdditiveCoupling(branch(), branch()), block]), streams())
+
+
+def test_half_precision_input_becomes_a_float32_stream():
+    for memory in ("store", *MEMORIES):
+        chain = couplings(2, nn.Identity)
+        chain.memory = memory
+        outputs = chain(*[x.requires_grad_() for x in streams(dtype=torch.bfloat16)])
+        assert {y.dtype for y in outputs} == {torch.float32}
