@@ -1,0 +1,1 @@
+"""MONAI dictionary transforms: labels to tissue, synthetic images, modalities, writing."""
