@@ -1,7 +1,7 @@
 """Deep 3D networks for medical images, trained in a fraction of the memory.
 
-A network says what is computed, a memory strategy says what backpropagation keeps: see :class:`memnet.Chain`. Importing this package
-also makes its networks reachable as ``monai.networks.nets.<Name>``.
+A network says what is computed, a memory strategy says what backpropagation keeps: see :class:`memnet.Chain`. Importing
+this package also makes its networks reachable as ``monai.networks.nets.<Name>``.
 """
 
 import monai.networks.nets
