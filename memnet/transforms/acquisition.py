@@ -140,7 +140,9 @@ class RandStripSkulld(RandomizableTransform, MapTransform):
         brain = torch.as_tensor(d.pop(self.mask_key))[None].float()
         if not self._do_transform:
             return d
-        field = functional.interpolate(torch.from_numpy(self._field), brain.shape[2:], mode="trilinear", align_corners=True)
+        field = functional.interpolate(
+            torch.from_numpy(self._field), brain.shape[2:], mode="trilinear", align_corners=True
+        )
         if self._tight:
             grown = brain
             for _ in range(self._rim):
