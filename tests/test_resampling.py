@@ -1,0 +1,184 @@
+"""Invertible down- and upsampling: exact both ways, orthogonal for good, the four checks."""
+
+import pytest
+import torch
+from checks import (
+    branch,
+    check_flat_memory,
+    check_gradients,
+    check_parity,
+    check_round_trip,
+    differing,
+    step,
+    streams,
+)
+from monai.networks.utils import pixelunshuffle
+
+from memnet import AdditiveCoupling, Chain, InvertibleDownsample, InvertibleUpsample, OrthogonalMixing, Tap
+from memnet.grid import round_to_grid
+from memnet.resampling import squeeze, unsqueeze
+
+SIZES = {1: (6,), 2: (6, 4), 3: (6, 4, 2)}
+
+
+def perturb(module):
+    """Move the mixings away from their start."""
+    for child in module.modules():
+        if isinstance(child, OrthogonalMixing):
+            with torch.no_grad():
+                child.vectors += 0.3 * torch.randn_like(child.vectors)
+    return module
+
+
+def pair(
+    spatial_dims: int = 3, channels: int = 3, channels_down: int | None = 2, learned: bool = True, n: int = 1
+) -> list:
+    """Downsampling and its counterpart."""
+    return [
+        perturb(c(spatial_dims, channels, channels_down, learned, n))
+        for c in (InvertibleDownsample, InvertibleUpsample)
+    ]
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_squeeze_is_monais_pixelunshuffle(spatial_dims):
+    (x,) = streams(2, 3, *SIZES[spatial_dims], n=1)
+    assert torch.equal(squeeze(x, spatial_dims), pixelunshuffle(x, spatial_dims, 2))
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+def test_unsqueeze_undoes_squeeze(spatial_dims):
+    (x,) = streams(2, 3, *SIZES[spatial_dims], n=1)
+    assert torch.equal(unsqueeze(squeeze(x, spatial_dims), spatial_dims), x)
+
+
+def test_odd_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"even spatial sizes.*5"):
+        squeeze(torch.zeros(1, 1, 4, 5), 2)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_mixing_starts_as_the_haar_transform(size):
+    matrix = OrthogonalMixing(1, size).matrix()[0].abs()
+    torch.testing.assert_close(matrix, torch.full((size, size), size**-0.5))
+    means = OrthogonalMixing(1, size)(torch.ones(1, size, 1))[0, :, 0]
+    torch.testing.assert_close(means.abs(), torch.tensor([size**0.5] + [0.0] * (size - 1)), atol=1e-6, rtol=1e-6)
+
+
+def test_mixing_stays_orthogonal_in_training():
+    mixing = OrthogonalMixing(4, 8)
+    before = mixing.matrix().detach()
+    optimizer = torch.optim.Adam(mixing.parameters(), lr=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        mixing(torch.randn(2, 32, 5)).relu().sum().backward()
+        optimizer.step()
+    matrix = mixing.matrix()
+    assert (matrix - before).abs().max() > 0.1
+    torch.testing.assert_close(matrix @ matrix.mT, torch.eye(8).expand(4, -1, -1), atol=1e-5, rtol=0)
+
+
+def test_mixing_is_full_precision_under_autocast(device):
+    mixing, (x,) = OrthogonalMixing(2, 4).to(device), streams(1, 8, 5, n=1, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        mixed = mixing(x)
+    assert torch.equal(mixed, mixing(x))
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("channels_down", [None, 1, 2])
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+def test_round_trip(spatial_dims, channels_down, learned, dtype, tolerance):
+    down, up = (block.to(dtype) for block in pair(spatial_dims, 3, channels_down, learned, n=2))
+    inputs = [round_to_grid(x, 16) for x in streams(2, 3, *SIZES[spatial_dims], dtype=dtype)]
+    tolerance = tolerance if learned else 0.0
+    check_round_trip(down, inputs, tolerance)
+    with torch.no_grad():
+        coarse = down(*inputs)
+    check_round_trip(down, coarse, tolerance, there=False)
+    check_round_trip(up, coarse, tolerance)
+    check_round_trip(up, inputs, tolerance, there=False)
+
+
+def test_skip_is_the_rest_of_the_channels():
+    (down, _), (x,) = pair(2, 5, 2, learned=False), streams(1, 5, 4, 4, n=1)
+    coarse, skip = down(x)
+    assert coarse.shape == (1, 8, 2, 2)
+    assert torch.equal(skip, x[:, 2:])
+
+
+@pytest.mark.parametrize("memory", ["store", "invert"])
+def test_gradients_are_right(memory):
+    check_gradients(Chain(pair(1, 3, 2), memory), streams(1, 3, 4, n=1))
+
+
+@pytest.mark.parametrize("channels_down", [None, 2])
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+def test_parity_with_store(spatial_dims, channels_down, device):
+    down, up = pair(spatial_dims, 3, channels_down, n=2)
+    width = (channels_down or 3) * 2**spatial_dims
+    chain = Chain(
+        [
+            AdditiveCoupling(branch(3, spatial_dims), branch(3, spatial_dims)),
+            down,
+            AdditiveCoupling(branch(width, spatial_dims), branch(width, spatial_dims)),
+            up,
+            AdditiveCoupling(branch(3, spatial_dims), branch(3, spatial_dims)),
+        ]
+    ).to(device)
+    for autocast in (None, torch.bfloat16):
+        check_parity(chain, streams(2, 3, *SIZES[spatial_dims], device=device), autocast)
+
+
+def test_parity_of_a_bare_shuffle():
+    check_parity(
+        Chain([AdditiveCoupling(branch(3, 2), branch(3, 2)), *pair(2, 3, 2, learned=False, n=2)]), streams(1, 3, 4, 4)
+    )
+
+
+def test_inversion_stays_bit_exact_through_32_resamplings():
+    chain, inputs = Chain([block for _ in range(16) for block in pair(2, 3, 3, n=2)]), streams(1, 3, 8, 8)
+    assert differing(step(chain, inputs, "invert"), step(chain, inputs, "store")) == []
+
+
+def test_memory_of_shuffles_is_flat_in_depth():
+    check_flat_memory(lambda: Chain([_coupling(), *pair(1, 8, 8, learned=False, n=2)]), streams(1, 8, 2000))
+
+
+def test_memory_of_learned_resampling_grows_by_a_byte_a_value():
+    inputs = streams(1, 8, 2000)
+    values = sum(x.numel() for x in inputs)
+    check_flat_memory(lambda: Chain([_coupling(), *pair(1, 8, 8, n=2)]), inputs, per_block=2 * values)
+
+
+def test_memory_of_a_skip_does_not_hold_the_whole_stream():
+    x = torch.randn(1, 8, 2000)
+    down, _ = pair(1, 8, 1, learned=False)
+    skip = down(x)[1]
+    assert skip.untyped_storage().nbytes() == skip.nbytes
+
+
+def _coupling():
+    return AdditiveCoupling(branch(8), branch(8))
+
+
+def test_tap_appends_copies_that_can_be_read_at_the_end():
+    chain = Chain([Tap(2), AdditiveCoupling(branch(), branch())])
+    inputs = streams()
+    outputs = chain(*inputs)
+    assert len(outputs) == 4
+    assert all(torch.equal(tap, round_to_grid(x, 16)) for tap, x in zip(outputs[2:], inputs, strict=True))
+    check_parity(chain, inputs)
+
+
+@pytest.mark.parametrize(("spatial_dims", "channels_down", "said"), [(4, 1, "got 4"), (2, 0, "got 0"), (2, 4, "got 4")])
+def test_unusable_arguments_are_refused(spatial_dims, channels_down, said):
+    with pytest.raises(ValueError, match=said):
+        InvertibleDownsample(spatial_dims, 3, channels_down)
+
+
+def test_streams_too_large_for_the_residual_are_refused():
+    chain = Chain([perturb(InvertibleDownsample(1, 3))], "invert")
+    with pytest.raises(OverflowError, match="coarser grid"):
+        chain(torch.full((1, 3, 4), 1e5))
