@@ -78,7 +78,9 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
         target = section.get("_target_")
         names = {k for c in originals for k in c} | (_parameters(target) if target else set())
         for key in section:
-            if key not in names and not (target and "**" in names):
+            # a dictionary is a component that someone adds, such as a metric of their own
+            added = not target and isinstance(section[key], dict)
+            if key not in names and not added and not (target and "**" in names):
                 raise ValueError(_unknown("#".join([*path, key]), ["#".join([*path, k]) for k in sorted(names)]))
 
 
@@ -137,7 +139,19 @@ def _calling_workflow() -> ConfigWorkflow | None:
 
 
 def _shipped_configs(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))]
+    return [_nested(json.loads(f.read_text(encoding="utf-8"))) for f in sorted(folder.glob("*.json"))]
+
+
+def _nested(config: dict[str, Any]) -> dict[str, Any]:
+    """Turn an overlay's ``{"a#b": c}`` into ``{"a": {"b": c}}``."""
+    nested: dict[str, Any] = {}
+    for key, value in config.items():
+        *path, last = key.lstrip("+").replace("::", "#").split("#")
+        section = nested
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return nested
 
 
 def _sections(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:

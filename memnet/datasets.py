@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["IMAGE_SUFFIXES", "find_iseg", "find_scans", "find_training_cases", "read_datalist", "split_folds"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "find_evaluation_cases",
+    "find_iseg",
+    "find_scans",
+    "find_training_cases",
+    "read_datalist",
+    "require_cases",
+    "split_folds",
+]
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".hdr")
 
@@ -75,10 +84,11 @@ def find_scans(
         pattern: which file names of ``dataset_dir`` to take, as in ``"*_SS.nii.gz"``.
 
     Returns:
-        One ``{"image": [T1 or None, T2 or None], "output_name": name}`` a subject, names being unique.
+        One ``{"image": [T1 or None, T2 or None], "output_name": name}`` a subject, names being unique; nothing where
+        nothing is given, see :func:`require_cases`.
 
     Raises:
-        ValueError: if nothing is given or found, a file is missing, or two arguments contradict each other.
+        ValueError: if nothing is found, a file is missing, or two arguments contradict each other.
     """
     if modality not in ("T1", "T2"):
         raise ValueError(f"modality is {modality!r}, expected 'T1' or 'T2'")
@@ -99,9 +109,7 @@ def find_scans(
     elif dataset_dir:
         pairs = _pair_folder(_folder(dataset_dir, "a folder with NIfTI files"), modality, pattern)
     else:
-        raise ValueError(
-            "no input: give --image FILE, --t1 FILE --t2 FILE, --dataset_dir FOLDER or --datalist FILE.json"
-        )
+        return []
     for path in (p for pair in pairs for p in pair if p is not None):
         if not Path(path).exists():
             raise ValueError(f"{path}: no such file")
@@ -125,32 +133,69 @@ def find_training_cases(
         fold: the fold kept for validation, counted from 0; -1 is the last.
 
     Returns:
-        The cases for training and for validation, disjoint.
+        The cases for training and for validation, disjoint; none where no data set is given, see :func:`require_cases`.
 
     Raises:
         ValueError: if nothing is found, a case has no label, or fewer than two cases are there to split.
     """
-    if datalist:
-        sections = read_datalist(datalist)
-        cases, validation = sections.get("training", []), sections.get("validation", [])
-        for case in [*cases, *validation]:
-            if "label" not in case:
-                raise ValueError(f"{datalist}: the case {case['image']} has no label")
-            for path in [*_as_list(case["image"]), case["label"]]:
-                if path is not None and not Path(path).exists():
-                    raise ValueError(f"{datalist}: lists {path}, which does not exist")
-        if not cases:
-            raise ValueError(f"{datalist}: its section 'training' is empty or missing")
-        if validation:
-            return {"training": cases, "validation": validation}
-    elif dataset_dir:
-        cases = find_iseg(dataset_dir)
-    else:
-        raise ValueError(
-            "no data set: give --dataset_dir FOLDER (iSeg-2019) or --datalist FILE.json (Decathlon format)"
-        )
-    training, validation = split_folds(cases, n_folds, fold)
+    if not (dataset_dir or datalist):
+        return {"training": [], "validation": []}
+    cases, validation = _labelled_cases(dataset_dir, datalist)
+    if not cases:
+        raise ValueError(f"{datalist}: its section 'training' is empty or missing")
+    training, validation = (cases, validation) if validation else split_folds(cases, n_folds, fold)
     return {"training": training, "validation": validation}
+
+
+def find_evaluation_cases(
+    dataset_dir: str | Path | None = None,
+    datalist: str | Path | None = None,
+    n_folds: int = 10,
+    fold: int = -1,
+    subset: Literal["validation", "all"] = "validation",
+) -> list[Case]:
+    """Find the labelled cases to evaluate: those that :func:`find_training_cases` keeps for validation, or all.
+
+    Args:
+        dataset_dir: see :func:`find_training_cases`.
+        datalist: see :func:`find_training_cases`.
+        n_folds: see :func:`find_training_cases`.
+        fold: see :func:`find_training_cases`.
+        subset: ``"validation"`` or ``"all"``.
+
+    Returns:
+        The cases.
+
+    Raises:
+        ValueError: as :func:`find_training_cases`, or if the subset is neither of the two.
+    """
+    if subset not in ("validation", "all"):
+        raise ValueError(f"subset is {subset!r}, expected 'validation' or 'all'")
+    if not (dataset_dir or datalist):
+        return []
+    cases, validation = _labelled_cases(dataset_dir, datalist)
+    if subset == "all":
+        return cases + validation
+    return validation or split_folds(cases, n_folds, fold)[1]
+
+
+def require_cases(cases: Sized, kind: Literal["scans", "labelled cases"]) -> None:
+    """Refuse to run on nothing; a config without input can still be read, checked and exported.
+
+    Args:
+        cases: data set or list.
+        kind: what its cases are.
+
+    Raises:
+        ValueError: if it is empty, saying how to name the input.
+    """
+    if len(cases):
+        return
+    if kind == "scans":
+        raise ValueError(
+            "no input: give --image FILE, --t1 FILE --t2 FILE, --dataset_dir FOLDER or --datalist FILE.json"
+        )
+    raise ValueError("no data set: give --dataset_dir FOLDER (iSeg-2019) or --datalist FILE.json (Decathlon format)")
 
 
 def split_folds(cases: Sequence[Case], n_folds: int = 10, fold: int = -1) -> tuple[list[Case], list[Case]]:
@@ -215,6 +260,22 @@ def read_datalist(path: str | Path) -> dict[str, list[Case]]:
                 raise ValueError(f"{path}: the entry {entry!r} of section {section!r} names no image")
             sections[section].append({k: absolute(v) for k, v in case.items() if k in ("image", "label")})
     return sections
+
+
+def _labelled_cases(dataset_dir: str | Path | None, datalist: str | Path | None) -> tuple[list[Case], list[Case]]:
+    if not datalist:
+        return find_iseg(str(dataset_dir)), []
+    sections = read_datalist(datalist)
+    cases, validation = sections["training"], sections["validation"]
+    for case in [*cases, *validation]:
+        if not case.get("label"):
+            raise ValueError(f"{datalist}: the case {case['image']} has no label")
+        for path in [*_as_list(case["image"]), case["label"]]:
+            if path is not None and not Path(path).exists():
+                raise ValueError(f"{datalist}: lists {path}, which does not exist")
+    if not cases and not validation:
+        raise ValueError(f"{datalist}: its sections 'training' and 'validation' are empty")
+    return cases, validation
 
 
 def _folder(path: str | Path, expected: str) -> Path:

@@ -19,7 +19,7 @@ from memnet.metrics import tissue_volumes
 from memnet.overlay import draw_overlay
 from memnet.transforms.labels import TISSUES
 
-__all__ = ["TissueReport", "TrainingProgress", "middle_planes"]
+__all__ = ["TissueReport", "TrainingProgress", "image_meta", "middle_planes"]
 
 logger = logging.getLogger("memnet")
 
@@ -88,6 +88,18 @@ class TrainingProgress(ProgressBar):
     def attach(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
         """Attach to a trainer."""
         super().attach(engine, output_transform=lambda output: {"loss": float(self.loss(output))})
+
+
+def image_meta(data: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the metadata of a decollated batch's images, from which MONAI's ``MetricsSaver`` takes the file names.
+
+    Args:
+        data: decollated batch whose ``image`` is a ``MetaTensor``.
+
+    Returns:
+        The images' metadata.
+    """
+    return [case["image"].meta for case in data]
 
 
 def middle_planes(*keys: str) -> Callable[[Sequence[dict[str, Any]]], Any]:

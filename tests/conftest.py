@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+
+with warnings.catch_warnings():
+    # ignite imports what torch has deprecated; as an error it would leave MONAI without ignite for the whole session
+    warnings.simplefilter("ignore")
+    import ignite.handlers  # noqa: F401
+    import monai.bundle  # noqa: F401
+    import monai.engines  # noqa: F401
+    import monai.handlers  # noqa: F401
 
 BUNDLES = Path(__file__).parent.parent / "bundles"
 

@@ -12,12 +12,27 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, RandomizableTransform, ScaleIntensityRangePercentiles, SpatialResample
+from monai.transforms import (
+    InvertibleTransform,
+    MapTransform,
+    RandomizableTransform,
+    ScaleIntensityRangePercentiles,
+    Spacing,
+    SpatialResample,
+)
 from monai.utils import GridSampleMode, GridSamplePadMode
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-__all__ = ["KeepLogitsd", "LoadModalitiesd", "LoadVolumed", "RandDropModalityd", "ScaleModalitiesd", "read_volume"]
+__all__ = [
+    "KeepLogitsd",
+    "LoadModalitiesd",
+    "LoadVolumed",
+    "RandDropModalityd",
+    "ScaleModalitiesd",
+    "ToSpacingd",
+    "read_volume",
+]
 
 MODALITIES = ("T1", "T2")
 
@@ -150,6 +165,36 @@ class ScaleModalitiesd(MapTransform):
                 if channel.min() < channel.max():
                     channel.copy_(self.scale(channel))
             d[key] = image
+        return d
+
+
+class ToSpacingd(MapTransform, InvertibleTransform):
+    """Resample to isotropic voxels, trilinearly, and back.
+
+    MONAI's ``Spacingd`` takes every entry whose key begins like the image's for metadata, and fails on the
+    ``image_path`` that MONAI Label hands over.
+
+    Args:
+        keys: the images, ``(C, D, H, W)`` MetaTensors.
+        spacing: side of a voxel in mm.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: float = 1.0) -> None:
+        super().__init__(keys)
+        self.spacing = Spacing(pixdim=(spacing,) * 3, mode=GridSampleMode.BILINEAR, dtype=np.float32)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Resample."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.spacing(d[key])
+        return d
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Resample back to the original grid."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.spacing.inverse(d[key])
         return d
 
 

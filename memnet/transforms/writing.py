@@ -34,6 +34,14 @@ class AtomicNibabelWriter(NibabelWriter):
         finally:
             partial.unlink(missing_ok=True)
 
+    def set_metadata(self, meta_dict: Mapping[str, Any] | None, resample: bool = False, **options: Any) -> None:
+        """Take the affine as it is; MONAI's writer resamples even where it is told not to, and fails on permuted axes."""
+        if resample or meta_dict is None:
+            super().set_metadata(meta_dict, resample=resample, **options)
+            return
+        self.affine = np.asarray(meta_dict["affine"], dtype=np.float64)
+        self.data_obj = np.asarray(self.data_obj)
+
     @classmethod
     def create_backend_obj(
         cls, data_array: Any, affine: Any = None, dtype: Any = None, **kwargs: Any
