@@ -1,12 +1,13 @@
 """What the tests of the core share: blocks to build, a training step to compare, the four checks of an invertible part."""
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from monai.networks.layers.factories import Conv
 from torch import nn
 
-from memnet import AdditiveCoupling, Chain, Memory
+from memnet import AdditiveCoupling, Chain, ChannelMerge, ChannelSplit, Memory
 from memnet.live_memory import peak_live_bytes
 
 torch.backends.cudnn.deterministic = True
@@ -28,9 +29,36 @@ def couplings(n_blocks: int, make: Callable[[], nn.Module] = branch, fraction_bi
     return Chain([AdditiveCoupling(make(), make(), fraction_bits) for _ in range(n_blocks)])
 
 
+def with_branch(*more: nn.Module, n_blocks: int = 3) -> Chain:
+    """A chain whose branches end with the given modules."""
+    return couplings(n_blocks, lambda: branch(3, 1, *copy.deepcopy(more)))
+
+
 def streams(*shape: int, n: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[torch.Tensor]:
     """Random tensors of one shape."""
     return [torch.randn(*(shape or (2, 3, 5))).to(device, dtype) for _ in range(n)]
+
+
+class Net(nn.Module):
+    """A stem, something in between, a chain, a head."""
+
+    def __init__(self, chain: Chain, between: nn.Module | None = None) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(1, 6, 3, padding=1)
+        self.between = nn.Identity() if between is None else between
+        self.chain = Chain([ChannelSplit(), *chain, ChannelMerge()])
+        self.head = nn.Conv1d(6, 2, 1)
+
+    @property
+    def memory(self):
+        return self.chain.memory
+
+    @memory.setter
+    def memory(self, memory):
+        self.chain.memory = memory
+
+    def forward(self, x):
+        return self.head(self.chain(self.between(self.stem(x))))
 
 
 def step(

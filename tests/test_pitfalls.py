@@ -1,0 +1,260 @@
+"""What breaks other implementations around a chain, each executed and right under every strategy."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from checks import MEMORIES, Net, check_parity, couplings, differing, step, streams, weigh
+from monai.data import MetaTensor
+from torch import nn
+
+from memnet.live_memory import peak_live_bytes
+
+every_memory = pytest.mark.parametrize("memory", MEMORIES)
+
+
+def image(device="cpu"):
+    return streams(2, 1, 6, n=1, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_with_a_half_precision_stem(dtype, device):
+    check_parity(Net(couplings(4)).to(device), image(device), autocast=dtype)
+
+
+@every_memory
+def test_input_is_untouched_and_can_be_read_afterwards(memory):
+    chain, (x1, x2) = couplings(3), [x.requires_grad_() for x in streams()]
+    before = [x1.detach().clone(), x2.detach().clone()]
+    gradients = {}
+    for name in ("store", memory):
+        chain.memory = name
+        y1, y2 = chain(x1, x2)
+        gradients[name] = torch.autograd.grad((y1 * x1 + y2 * x2.exp()).sum(), [x1, x2])
+    assert torch.equal(x1, before[0]) and torch.equal(x2, before[1])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients.values(), strict=True))
+
+
+@every_memory
+def test_long_skip_around_the_chain(memory):
+    class Around(Net):
+        def forward(self, x):
+            features = self.between(self.stem(x))
+            return self.head(self.chain(features) * features.sigmoid())
+
+    net, inputs = Around(couplings(3)), image()
+    assert differing(step(net, inputs, memory), step(net, inputs, "store")) == []
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_relu_directly_before_the_chain(inplace):
+    check_parity(Net(couplings(3), nn.ReLU(inplace)), image())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_inplace_activation_inside_a_branch(first):
+    def make():
+        if first:
+            return nn.Sequential(nn.ReLU(inplace=True), nn.Conv1d(3, 3, 1))
+        return nn.Sequential(nn.Conv1d(3, 3, 1), nn.ReLU(inplace=True), nn.Conv1d(3, 3, 1), nn.LeakyReLU(inplace=True))
+
+    chain, inputs = couplings(3, make), streams()
+    check_parity(chain, inputs)
+    plain = copy.deepcopy(chain)
+    for module in plain.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    assert differing(step(plain, inputs, "store"), step(chain, inputs, "invert")) == []
+
+
+@pytest.mark.parametrize("memory", ["store", *MEMORIES])
+def test_branch_that_changes_its_input_is_refused(memory):
+    class Rude(nn.Module):
+        def forward(self, x):
+            return x.mul_(2)
+
+    chain = couplings(2, Rude)
+    chain.memory = memory
+    with pytest.raises(RuntimeError, match=r"(Rude.*changes its input in place)|(inplace operation)"):
+        weigh(chain(*[x.requires_grad_() for x in streams()])).backward()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@every_memory
+def test_inplace_activation_after_the_chain(memory, which):
+    """Right, or refused by autograd; never silently wrong."""
+    chain, inputs = couplings(3), streams()
+    state = list(chain(*inputs))
+    state[which] = state[which].relu()
+    right = torch.autograd.grad(weigh(state), list(chain.parameters()))
+    chain.memory = memory
+    state = chain(*inputs)
+    state[which].relu_()
+    if memory == "invert":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            weigh(state).backward()
+    else:
+        assert all(map(torch.equal, torch.autograd.grad(weigh(state), list(chain.parameters())), right))
+
+
+@pytest.mark.parametrize("memory", ["store", *MEMORIES])
+def test_metatensor_in_and_out(memory):
+    net, (x,) = Net(couplings(3)), image()
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0]))
+    meta = MetaTensor(x.clone(), affine=affine, meta={"filename_or_obj": "scan.nii"})
+    stored = step(net, [x], "store")
+    net.memory = memory
+    net.zero_grad()
+    y = net.chain(net.stem(meta))
+    assert isinstance(y, MetaTensor)
+    assert torch.equal(y.affine, affine.to(y.affine)) and y.meta["filename_or_obj"] == "scan.nii"
+    weigh([net.head(y)]).backward()
+    for name, parameter in net.named_parameters():
+        assert torch.equal(torch.as_tensor(parameter.grad), stored[1][name]), name
+
+
+@every_memory
+def test_input_that_needs_no_gradient(memory):
+    chain, inputs = couplings(3), streams()
+    stored = step(chain, inputs, "store")[1]
+    chain.memory = memory
+    chain.zero_grad()
+    weigh(chain(*inputs)).backward()
+    for name, parameter in chain.named_parameters():
+        assert torch.equal(parameter.grad, stored[name]), name
+
+
+def test_no_gradient_at_all_makes_no_graph():
+    chain = couplings(2).requires_grad_(False)
+    chain.memory = "invert"
+    assert not any(y.requires_grad for y in chain(*streams()))
+
+
+@every_memory
+def test_autograd_grad(memory):
+    chain, inputs = couplings(3), [x.requires_grad_() for x in streams()]
+    targets = [*inputs, *chain.parameters()]
+    found = {}
+    for name in ("store", memory):
+        chain.memory = name
+        found[name] = torch.autograd.grad(weigh(chain(*inputs)), targets)
+    assert all(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))
+    assert all(target.grad is None for target in targets)
+
+
+@every_memory
+def test_autograd_grad_of_an_input_alone(memory):
+    chain, (x1, x2) = couplings(3), streams()
+    x1.requires_grad_()
+    found = {}
+    for name in ("store", memory):
+        chain.memory = name
+        (found[name],) = torch.autograd.grad(weigh(chain(x1, x2)), [x1])
+    assert torch.equal(*found.values())
+
+
+@every_memory
+def test_backward_twice(memory):
+    chain, inputs = couplings(3), streams()
+    chain.memory = memory
+    loss = weigh(chain(*inputs))
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in chain.parameters()]
+    loss.backward()
+    assert all(torch.equal(p.grad, 2 * a) for p, a in zip(chain.parameters(), once, strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@every_memory
+def test_gradients_accumulate_over_steps(memory):
+    chain, inputs = couplings(2), streams()
+    once = step(chain, inputs, memory)[1]
+    weigh(chain(*inputs)).backward()
+    for name, parameter in chain.named_parameters():
+        assert torch.equal(parameter.grad, 2 * once[name]), name
+
+
+@every_memory
+def test_double_backward_is_refused_in_a_sentence(memory):
+    chain, inputs = couplings(2), [x.requires_grad_() for x in streams()]
+    chain.memory = memory
+    (gradient, _) = torch.autograd.grad(weigh(chain(*inputs)), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice|once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("memory", ["store", *MEMORIES])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda chain: pickle.loads(pickle.dumps(chain))])
+def test_copies_compute_the_same(copied, memory):
+    chain, inputs = couplings(3), streams()
+    stored = step(chain, inputs, memory)  # a copy must not need a fresh chain
+    twin = copied(chain)
+    assert twin.memory == memory
+    assert differing(step(twin, inputs), stored) == []
+    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in chain.parameters()}
+
+
+def test_weights_are_exchanged_with_a_plain_list_of_blocks():
+    chain = couplings(2)
+    chain.memory = "invert"
+    plain = nn.ModuleList(couplings(2))
+    plain.load_state_dict(chain.state_dict())
+    assert list(plain.state_dict()) == list(chain.state_dict())
+
+
+@every_memory
+def test_nothing_is_left_after_a_step_without_the_garbage_collector(memory):
+    chain, inputs = couplings(4), streams(1, 3, 1000)
+    chain.memory = memory
+
+    def steps(n):
+        for _ in range(n):
+            weigh(chain(*inputs)).backward()
+
+    steps(1)
+    gc.collect()
+    gc.disable()
+    try:
+        one, many = (peak_live_bytes(lambda n=n: steps(n)) for n in (1, 5))
+    finally:
+        gc.enable()
+    assert many - one < inputs[0].nbytes
+
+
+@every_memory
+def test_a_graph_that_is_not_used_is_freed(memory):
+    chain, inputs = couplings(4), streams(1, 3, 1000)
+    chain.memory = memory
+
+    def passes(n):
+        for _ in range(n):
+            chain(*inputs)
+
+    gc.disable()
+    try:
+        one, many = (peak_live_bytes(lambda n=n: passes(n)) for n in (1, 5))
+    finally:
+        gc.enable()
+    assert many - one < inputs[0].nbytes
+
+
+@every_memory
+def test_activation_checkpointing_around_the_chain(memory):
+    chain, inputs = couplings(2), streams()
+    stored = step(chain, inputs, "store")
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.chain = chain
+
+        def forward(self, *state):
+            return torch.utils.checkpoint.checkpoint(self.chain, *state, use_reentrant=False)
+
+    chain.memory = memory
+    around = step(Outer(), inputs)
+    for name, value in stored[1].items():
+        assert torch.equal(around[1][name if name.startswith("input") else f"chain.{name}"], value)

@@ -1,0 +1,203 @@
+"""A recomputation runs as the first run did, and parameters see one gradient a step."""
+
+import copy
+
+import pytest
+import torch
+from checks import MEMORIES, Net, branch, check_parity, couplings, differing, step, streams, weigh, with_branch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from memnet import AdditiveCoupling, Chain
+
+every_memory = pytest.mark.parametrize("memory", MEMORIES)
+
+
+@every_memory
+def test_backward_under_another_autocast_state(memory, device):
+    """The recomputation runs as the forward pass ran, even if backward() is called inside an autocast region."""
+    net, (x,) = Net(couplings(3)).to(device), streams(2, 1, 6, n=1, device=device)
+    gradients = {}
+    for name in ("store", memory):
+        net.memory = name
+        net.zero_grad()
+        loss = weigh([net(x)])
+        with torch.autocast(device.type, torch.bfloat16):
+            loss.backward()
+        gradients[name] = [p.grad for p in net.chain.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients.values(), strict=True))
+
+
+@every_memory
+def test_autocast_cache_does_not_lose_gradients(memory, device):
+    """A module used both in a chain and outside of it: weights cast in one must not serve the other without a graph."""
+    shared = branch()
+    chain = Chain([AdditiveCoupling(shared, branch())]).to(device)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.chain = chain
+
+        def forward(self, x1, x2):
+            y1, y2 = self.chain(x1, x2)
+            return y1 + shared(y2), y2
+
+    net, inputs = Twice(), streams(device=device)
+    chain.memory = "store"
+    stored = step(net, inputs, None, torch.bfloat16)
+    chain.memory = memory
+    torch.testing.assert_close(step(net, inputs, None, torch.bfloat16), stored, rtol=1e-2, atol=1e-2)
+
+
+def test_dropout_gradients(device):
+    check_parity(with_branch(nn.Dropout(0.5)).to(device), streams(device=device))
+
+
+@every_memory
+def test_dropout_replay_leaves_the_random_state_alone(memory, device):
+    chain = with_branch(nn.Dropout(0.5)).to(device)
+    chain.memory = memory
+    loss = weigh(chain(*streams(device=device)))
+    torch.rand(5, device=device)  # moves the state away from where the forward pass left it
+    before = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device.type == "cuda" else ())
+    loss.backward()
+    after = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device.type == "cuda" else ())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@every_memory
+@pytest.mark.parametrize("make", [lambda: nn.BatchNorm1d(3), lambda: nn.BatchNorm1d(3, momentum=None)])
+def test_batch_statistics_move_once_a_step(make, memory, device):
+    chain = with_branch(make()).to(device)
+    twin = copy.deepcopy(chain)
+    for _ in range(3):
+        inputs = streams(4, 3, 5, device=device)
+        assert differing(step(chain, inputs, memory), step(twin, inputs, "store")) == []
+    assert chain[0].f[3].num_batches_tracked == 3
+    for (name, a), b in zip(chain.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@every_memory
+def test_power_iterations_move_once_a_step(memory):
+    chain = couplings(2, lambda: nn.Sequential(nn.Tanh(), spectral_norm(nn.Conv1d(3, 3, 1))))
+    twin, inputs = copy.deepcopy(chain), streams()
+    for _ in range(2):
+        assert differing(step(chain, inputs, memory), step(twin, inputs, "store")) == []
+    for (name, a), b in zip(chain.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@every_memory
+def test_mode_switched_before_backward(memory):
+    chain, inputs = with_branch(nn.Dropout(0.5), nn.BatchNorm1d(3)), streams()
+    stored = step(copy.deepcopy(chain), inputs, "store")[1]
+    chain.memory = memory
+    torch.manual_seed(7)
+    loss = weigh(chain(*inputs))
+    chain.eval()
+    loss.backward()
+    assert not any(module.training for module in chain.modules())
+    for name, parameter in chain.named_parameters():
+        assert torch.equal(parameter.grad, stored[name]), name
+
+
+@pytest.mark.parametrize("frozen", ["f", "g", "all", "one"])
+def test_frozen_parameters(frozen):
+    chain, inputs = couplings(3), streams()
+    for name, parameter in chain.named_parameters():
+        parameter.requires_grad_(not (frozen == "all" or f".{frozen}." in name or (frozen == "one" and name[0] == "1")))
+    stored = step(chain, inputs, "store")
+    assert any(gradient is None for gradient in stored[1].values())
+    for memory in MEMORIES:
+        assert differing(step(chain, inputs, memory), stored) == []
+
+
+def test_parameter_that_no_branch_uses():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x.tanh()
+
+    chain, inputs = couplings(2, lambda: nn.Sequential(Spare(), nn.Conv1d(3, 3, 1))), streams()
+    stored = step(chain, inputs, "store")
+    assert stored[1]["0.f.0.spare"] is None
+    for memory in MEMORIES:
+        assert differing(step(chain, inputs, memory), stored) == []
+
+
+def test_parameter_whose_gradient_is_also_the_streams():
+    """Autograd hands one tensor to both terms of a sum; it must not be written to."""
+
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.randn(1, 3, 5))
+
+        def forward(self, x):
+            return x + self.shift
+
+    check_parity(couplings(2, lambda: nn.Sequential(Shift(), nn.Tanh())), streams(1, 3, 5))
+
+
+def test_tied_parameters_of_different_modules():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv1d(3, 3, 1), nn.Conv1d(3, 3, 1)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x).tanh())
+
+    chain, inputs = couplings(2, Tied).double(), streams(dtype=torch.float64)
+    stored = step(chain, inputs, "store")
+    for memory in MEMORIES:
+        torch.testing.assert_close(step(chain, inputs, memory), stored, rtol=1e-12, atol=1e-12)
+
+
+@every_memory
+def test_parameters_stay_the_modules_own(memory):
+    chain = couplings(2)
+    chain.append(AdditiveCoupling(chain[0].f, chain[0].f))
+    before = [id(p) for p in chain.parameters()]
+    step(chain, streams(), memory)
+    assert [id(p) for p in chain.parameters()] == before
+
+
+@every_memory
+def test_parameter_changed_before_backward_is_refused(memory):
+    chain = couplings(2)
+    chain.memory = memory
+    loss = weigh(chain(*streams()))
+    with torch.no_grad():
+        chain[1].f[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between the forward and the backward pass"):
+        loss.backward()
+
+
+@every_memory
+def test_parameter_hooks_are_called_once(memory):
+    chain, calls = couplings(3), []
+    for parameter in chain.parameters():
+        parameter.register_hook(lambda gradient: calls.append("hook"))
+        parameter.register_post_accumulate_grad_hook(lambda parameter: calls.append("accumulated"))
+    step(chain, streams(), memory)
+    n = len(list(chain.parameters()))
+    assert calls.count("hook") == n and calls.count("accumulated") == n
+
+
+@every_memory
+def test_two_forward_passes_before_backward(memory):
+    chain, first, second = with_branch(nn.BatchNorm1d(3)), streams(), streams()
+    twin = copy.deepcopy(chain)
+    chain.memory = memory
+    for net in (chain, twin):
+        losses = [weigh(net(*inputs)) for inputs in (first, second)]
+        sum(losses).backward()
+    for p, q in zip(chain.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5)
