@@ -57,7 +57,8 @@ class Chain(nn.ModuleList):
             raise ValueError("a chain needs at least one block")
         if segment is not None and segment < 1:
             raise ValueError(f"segment must be at least 1, got {segment}")
-        bits = {block.fraction_bits for block in self if isinstance(block, Invertible | Chain)} - {None}
+        grids = [block.fraction_bits for block in self if isinstance(block, Invertible | Chain)]
+        bits = {bits for bits in grids if bits is not None}
         if len(bits) > 1:
             raise ValueError(f"the blocks of a chain must share one grid, got fraction_bits {sorted(bits)}")
         self.fraction_bits: int | None = bits.pop() if bits else None
@@ -164,14 +165,17 @@ class Chain(nn.ModuleList):
     ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
         """See :meth:`memnet.Invertible.pull_back`."""
         state, notes, kept = recorded
-        state_gradients = list(gradients)
-        del recorded, gradients
+        # Each block gets the only reference to the state and its gradients, and can free them before it is done.
+        held: list[Any] = [gradients, state]
+        del recorded, gradients, state
         parameter_gradients: Gradients = {}
         for block, (replays, n_kept) in zip(reversed(self), reversed(notes), strict=True):
             mine, kept = kept[len(kept) - n_kept :], kept[: len(kept) - n_kept]
-            state, state_gradients, more = block.pull_back(Recorded(state, replays, mine), state_gradients)
+            inputs, input_gradients, more = block.pull_back(Recorded(held.pop(), replays, mine), held.pop())
+            held += [input_gradients, inputs]
+            del inputs, input_gradients
             accumulate(parameter_gradients, more)
-        return state, state_gradients, parameter_gradients
+        return held.pop(), held.pop(), parameter_gradients
 
 
 def set_memory(module: nn.Module, memory: Memory) -> nn.Module:

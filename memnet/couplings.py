@@ -70,8 +70,8 @@ class AdditiveCoupling(Invertible):
         x1, x2, *rest = state
         x1, x2 = as_stream(x1), as_stream(x2)
         replay_f, replay_g = Replay(_Guarded(self.f)), Replay(_Guarded(self.g))
-        y1 = add_on_grid(x1, *replay_f.first(x2), self.fraction_bits)
-        y2 = add_on_grid(x2, *replay_g.first(y1), self.fraction_bits)
+        y1 = add_on_grid(x1, replay_f.first(x2)[0], self.fraction_bits)
+        y2 = add_on_grid(x2, replay_g.first(y1)[0], self.fraction_bits)
         return Recorded((y1, y2, *rest), (replay_f, replay_g))
 
     @torch.jit.unused
@@ -90,14 +90,14 @@ class AdditiveCoupling(Invertible):
         x2 = add_on_grid(y2, branch, self.fraction_bits, -1.0)
         del branch, y2
         (step,), parameter_gradients = pull([d2])
-        d1 = d1 if step is None else d1 + step
+        d1 = _sum(d1, step, [d2, *parameter_gradients.values()])
         del pull, step
 
         (branch,), pull = replay_with_grad([replay_f], [x2])
         x1 = add_on_grid(y1, branch, self.fraction_bits, -1.0)
         del branch, y1
         (step,), more = pull([d1])
-        d2 = d2 if step is None else d2 + step
+        d2 = _sum(d2, step, [d1, *more.values()])
         accumulate(parameter_gradients, more)
         return (x1, x2, *rest), [d1, d2, *d_rest], parameter_gradients
 
@@ -117,6 +117,18 @@ def _guarded(branch: nn.Module, x: torch.Tensor) -> torch.Tensor:
             "that input. Make the branch's first operation out of place."
         )
     return y
+
+
+def _sum(gradient: torch.Tensor, step: torch.Tensor | None, others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Add what came back through a branch to a stream's gradient, in the memory of ``step`` where no other has it too."""
+    if step is None:
+        return gradient
+    storage = step.untyped_storage()
+    # Autograd may hand one tensor to several: the identity hands on the source, a sum the same to both of its terms.
+    shared = any(storage.data_ptr() == other.untyped_storage().data_ptr() for other in others)
+    if storage.nbytes() == step.nbytes and not shared:
+        return step.add_(gradient)
+    return gradient + step
 
 
 class _Guarded(nn.Module):

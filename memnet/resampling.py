@@ -8,6 +8,7 @@ from torch import nn
 
 from memnet.grid import FRACTION_BITS, as_stream, grid_step, round_to_grid
 from memnet.invertible import Invertible, Recorded
+from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
 
 __all__ = ["InvertibleDownsample", "InvertibleUpsample", "OrthogonalMixing", "Tap", "squeeze", "unsqueeze"]
 
@@ -54,26 +55,30 @@ class OrthogonalMixing(nn.Module):
 
     .. math:: Q = \prod_{i=1}^{n-1} \left(I - 2 \frac{v_i v_i^T}{v_i^T v_i}\right)
 
-    Orthogonal whatever the vectors, so it stays so in training. It starts as the Haar transform: averages and differences.
+    Orthogonal whatever the vectors, so it stays so in training. It starts as the Haar transform: averages and differences,
+    up to signs.
 
     Args:
         channels: number of groups, each with its own matrix.
         size: ``n``, a power of two.
+        transposed: multiply by the transpose, that is start as the inverse Haar transform.
 
     References:
         iUNets: learnable invertible up- and downsampling (Etmann et al., 2020), https://arxiv.org/abs/2005.05220
     """
 
-    def __init__(self, channels: int, size: int) -> None:
+    def __init__(self, channels: int, size: int, transposed: bool = False) -> None:
         super().__init__()
+        step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2.0)
         haar = torch.ones(1, 1, dtype=torch.float64)
-        for _ in range(int(math.log2(size))):
-            haar = torch.cat([torch.kron(haar, torch.tensor([[1.0, s]]).double()) for s in (1.0, -1.0)]) / math.sqrt(
-                2.0
-            )
+        for _ in range(size.bit_length() - 1):
+            haar = torch.kron(step, haar)
         reflections, _ = torch.geqrf(haar)  # LAPACK's QR: the Householder vectors stand below the diagonal
         vectors = (reflections.tril(-1) + torch.eye(size, dtype=torch.float64)).T[: size - 1]
+        # Reversed, for the transpose of QR's Q: its rows, not its columns, are the Haar transform's up to signs.
+        vectors = vectors.flip(0)
         self.vectors = nn.Parameter(vectors.float().repeat(channels, 1, 1))
+        self.transposed = transposed
 
     def matrix(self) -> torch.Tensor:
         """Return ``Q``, of shape ``(channels, n, n)``."""
@@ -84,14 +89,22 @@ class OrthogonalMixing(nn.Module):
             q = q - (q @ w) @ (2.0 * w / (w * w).sum(1, keepdim=True)).transpose(1, 2)
         return q
 
-    def forward(self, x: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-        """Multiply groups of channels by ``Q``, or its transpose: ``(B, channels * n, ...)`` to the same shape."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply each group of channels by ``Q``: ``(B, channels * n, ...)`` to the same shape, in x's precision."""
         if torch.jit.is_scripting():
-            return self._multiply(x, transposed)
+            return self.multiply(x, self.transposed)
         with torch.autocast(x.device.type, enabled=False):
-            return self._multiply(x, transposed)
+            return self.multiply(x, self.transposed)
 
-    def _multiply(self, x: torch.Tensor, transposed: bool) -> torch.Tensor:
+    @torch.jit.unused
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply by the inverse, which is the transpose."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.multiply(x, not self.transposed)
+
+    @torch.jit.export
+    def multiply(self, x: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """Multiply by ``Q`` or its transpose."""
         q = self.matrix().to(x.dtype)
         if transposed:
             q = q.transpose(1, 2)
@@ -99,7 +112,15 @@ class OrthogonalMixing(nn.Module):
 
 
 class _Resampling(Invertible):
-    """What down- and upsampling share: the mixings, and exact inversion with the help of a kept rounding residual."""
+    """What down- and upsampling share.
+
+    Both change between a fine side (streams with the channels of their skips) and a coarse side (streams, then skips), and
+    mix the coarse streams. The mixing is rounded to the grid; what its inverse misses then, a few grid steps, is kept.
+    """
+
+    __constants__ = ["downwards"]
+
+    downwards: bool
 
     def __init__(
         self,
@@ -122,71 +143,104 @@ class _Resampling(Invertible):
         self.n_streams = n_streams
         # A bare shuffle moves values and adds nothing: exact on any grid.
         self.fraction_bits = fraction_bits if learned else None
-        mixings = [OrthogonalMixing(channels_down, 2**spatial_dims) for _ in range(n_streams)] if learned else []
+        size = 2**spatial_dims
+        mixings = [
+            OrthogonalMixing(channels_down, size, not self.downwards) for _ in range(n_streams if learned else 0)
+        ]
         self.mixings = nn.ModuleList(mixings)
 
-    def _on_grid(self, x: torch.Tensor) -> torch.Tensor:
-        bits = self.fraction_bits
-        if bits is not None:
-            x = round_to_grid(x, bits)
-        return x
+    @torch.jit.export
+    def split(self, state: list[torch.Tensor], fine: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Split the state of the fine or the coarse side into coarse streams and the rest, skips first."""
+        n, c = self.n_streams, self.channels_down
+        streams = [as_stream(x) for x in state[:n]]
+        if not fine:
+            return streams, state[n:]
+        coarse = [squeeze(x[:, :c], self.spatial_dims) for x in streams]
+        # Skips are copies, since a view (contiguous() makes one of a batch of 1) would keep the whole stream alive.
+        skips = [x[:, c:].clone() for x in streams] if c < self.channels else streams[:0]
+        return coarse, skips + state[n:]
 
     @torch.jit.export
-    def down(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Resample downwards: ``n`` streams, then the rest, to ``n`` coarse streams, their skips, then the rest."""
-        coarse: list[torch.Tensor] = []
-        for x in state[: self.n_streams]:
-            coarse.append(squeeze(as_stream(x)[:, : self.channels_down], self.spatial_dims))
-        for i, mixing in enumerate(self.mixings):
-            coarse[i] = self._on_grid(mixing(coarse[i]))
-        if self.channels_down < self.channels:
-            # Copies, since a view would keep the whole stream alive.
-            coarse += [as_stream(x)[:, self.channels_down :].contiguous() for x in state[: self.n_streams]]
-        return coarse + state[self.n_streams :]
-
-    @torch.jit.export
-    def up(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Invert :meth:`down`, up to rounding."""
-        n = self.n_streams
-        fine: list[torch.Tensor] = [as_stream(x) for x in state[:n]]
-        for i, mixing in enumerate(self.mixings):
-            fine[i] = self._on_grid(mixing(fine[i], True))
-        fine = [unsqueeze(x, self.spatial_dims) for x in fine]
+    def join(self, coarse: list[torch.Tensor], rest: list[torch.Tensor], fine: bool) -> list[torch.Tensor]:
+        """Invert :meth:`split`."""
+        if not fine:
+            return coarse + rest
+        streams = [unsqueeze(x, self.spatial_dims) for x in coarse]
         if self.channels_down == self.channels:
-            return fine + state[n:]
-        return [torch.cat([fine[i], as_stream(state[n + i])], 1) for i in range(n)] + state[2 * n :]
+            return streams + rest
+        n = self.n_streams
+        return [torch.cat([streams[i], as_stream(rest[i])], 1) for i in range(n)] + rest[n:]
+
+    @torch.jit.export
+    def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Resample the streams; see the class for the shapes."""
+        coarse, rest = self.split(state, self.downwards)
+        for i, mixing in enumerate(self.mixings):
+            coarse[i] = self.on_grid(mixing(coarse[i]))
+        return self.join(coarse, rest, not self.downwards)
+
+    @torch.jit.export
+    def on_grid(self, x: torch.Tensor) -> torch.Tensor:
+        """Round to the block's grid."""
+        bits = self.fraction_bits
+        return x if bits is None else round_to_grid(x, bits)
+
+    @torch.jit.unused
+    def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Bring back the inputs, up to the rounding of the mixing."""
+        coarse, rest = self.split(list(state), not self.downwards)
+        for i, mixing in enumerate(self.mixings):
+            coarse[i] = self.on_grid(mixing.inverse(coarse[i]))
+        return tuple(self.join(coarse, rest, self.downwards))
 
     @torch.jit.unused
     def record(self, *state: torch.Tensor) -> Recorded:
-        """See :meth:`memnet.Invertible.record`; keeps one byte a resampled value, the rounding residual of the inverse."""
-        recorded = super().record(*state)
-        if self.fraction_bits is None:
-            return recorded
+        """See :meth:`memnet.Invertible.record`; keeps one byte a resampled value, the rounding error of the inverse."""
+        coarse, rest = self.split(list(state), self.downwards)
+        replays = [Replay(mixing) for mixing in self.mixings]
         kept = []
-        inverted = self.inverse(*recorded.state)
-        for x, y in zip(self._resampled(state), self._resampled(inverted), strict=True):
-            steps = (as_stream(x) - y).div_(grid_step(y.dtype, self.fraction_bits))
-            if not torch.linalg.vector_norm(steps, float("inf")).item() <= 127:
-                raise OverflowError(
-                    f"{type(self).__name__}: the inverse is more than 127 grid steps off, the streams are too large for "
-                    f'fraction_bits={self.fraction_bits}. Use a coarser grid or memory="checkpoint".'
-                )
-            kept.append(steps.to(torch.int8))
-        return recorded._replace(kept=tuple(kept))
+        for i, (mixing, replay) in enumerate(zip(self.mixings, replays, strict=True)):
+            before, (mixed,) = coarse[i], replay.first(coarse[i])
+            coarse[i] = self.on_grid(mixed)
+            if self.fraction_bits is not None:
+                kept.append(self._missed(before, self.on_grid(mixing.inverse(coarse[i]))))
+        return Recorded(tuple(self.join(coarse, rest, not self.downwards)), replays, tuple(kept))
 
     @torch.jit.unused
-    def restore(self, recorded: Recorded) -> tuple[torch.Tensor, ...]:
-        """See :meth:`memnet.Invertible.restore`."""
-        inputs = self.inverse(*recorded.state)
-        if self.fraction_bits is not None:
-            for y, steps in zip(self._resampled(inputs), recorded.kept, strict=True):
-                y.add_(steps, alpha=grid_step(y.dtype, self.fraction_bits))
-        return inputs
+    def pull_back(
+        self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
+    ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
+        """See :meth:`memnet.Invertible.pull_back`."""
+        state, replays, kept = recorded
+        filled = [torch.zeros_like(x) if d is None else d for x, d in zip(state, gradients, strict=True)]
+        del recorded, gradients
+        coarse, rest = self.split(list(state), not self.downwards)
+        d_coarse, d_rest = self.split(filled, not self.downwards)
+        del state, filled
+        parameter_gradients: Gradients = {}
+        for i, (mixing, replay) in enumerate(zip(self.mixings, replays, strict=True)):
+            coarse[i] = self.on_grid(mixing.inverse(coarse[i]))
+            if self.fraction_bits is not None:
+                coarse[i].add_(kept[i], alpha=grid_step(coarse[i].dtype, self.fraction_bits))
+            _, pull = replay_with_grad([replay], [coarse[i]])
+            (step,), more = pull([d_coarse[i]])
+            d_coarse[i] = step
+            accumulate(parameter_gradients, more)
+        inputs = tuple(self.join(coarse, rest, self.downwards))
+        del coarse, rest
+        return inputs, [*self.join(d_coarse, d_rest, self.downwards)], parameter_gradients
 
     @torch.jit.unused
-    def _resampled(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return views of the parts of the block's inputs that are resampled."""
-        return [x[:, : self.channels_down] for x in inputs[: self.n_streams]]
+    def _missed(self, x: torch.Tensor, inverted: torch.Tensor) -> torch.Tensor:
+        """Return how many grid steps an inverse is off, as int8."""
+        steps = (x - inverted).div_(grid_step(x.dtype, self.fraction_bits))
+        if not torch.linalg.vector_norm(steps, float("inf")).item() <= 127:
+            raise OverflowError(
+                f"{type(self).__name__}: the inverse is more than 127 grid steps off, the streams are too large for "
+                f'fraction_bits={self.fraction_bits}. Use a coarser grid or memory="checkpoint".'
+            )
+        return steps.to(torch.int8)
 
 
 class InvertibleDownsample(_Resampling):
@@ -213,15 +267,7 @@ class InvertibleDownsample(_Resampling):
         iUNets: learnable invertible up- and downsampling (Etmann et al., 2020), https://arxiv.org/abs/2005.05220
     """
 
-    @torch.jit.export
-    def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Map streams ``(B, C, 2 D, ...)`` to streams ``(B, c * 2^d, D, ...)`` and skips ``(B, C - c, 2 D, ...)``."""
-        return self.down(state)
-
-    @torch.jit.unused
-    def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Bring back the streams."""
-        return tuple(self.up(list(state)))
+    downwards = True
 
 
 class InvertibleUpsample(_Resampling):
@@ -239,19 +285,7 @@ class InvertibleUpsample(_Resampling):
         ValueError: an argument is out of range.
     """
 
-    @torch.jit.export
-    def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Map streams ``(B, c * 2^d, D, ...)`` and skips ``(B, C - c, 2 D, ...)`` to streams ``(B, C, 2 D, ...)``."""
-        return self.up(state)
-
-    @torch.jit.unused
-    def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Bring back the coarse streams and the skips."""
-        return tuple(self.down(list(state)))
-
-    @torch.jit.unused
-    def _resampled(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return list(inputs[: self.n_streams])
+    downwards = False
 
 
 class Tap(Invertible):
