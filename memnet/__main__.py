@@ -1,0 +1,7 @@
+"""``python -m memnet``."""
+
+import sys
+
+from memnet.cli import main
+
+sys.exit(main())

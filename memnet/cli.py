@@ -1,0 +1,40 @@
+"""The command line ``python -m memnet <command>``; bundles run by ``python -m monai.bundle``."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from memnet import __version__, scoring
+from memnet.bundle import input_error
+
+__all__ = ["main"]
+
+# each adds its parser to the subparsers and sets the parser's default `function`
+COMMANDS: tuple[Callable[[Any], None], ...] = (scoring.add_parser,)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the words after ``python -m memnet``; those of the process by default.
+
+    Returns:
+        The exit code: 0, or 1 after an error in the input, which is printed in one line.
+    """
+    parser = argparse.ArgumentParser(prog="python -m memnet", description="Commands of memnet.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="command", required=True)
+    for add_parser in COMMANDS:
+        add_parser(commands)
+    chosen = parser.parse_args(arguments)
+    try:
+        chosen.function(chosen)
+    except Exception as error:
+        found = input_error(error)
+        if found is None:
+            raise
+        print(f"error: {' '.join(str(found).split())}", file=sys.stderr)
+        return 1
+    return 0

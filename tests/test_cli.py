@@ -1,0 +1,47 @@
+"""The command line python -m memnet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memnet import __version__
+from memnet.cli import main
+
+
+def test_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "score-tissue" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"]])
+def test_wants_a_command(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+def test_input_error_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score-tissue", "--dataset_dir", str(tmp_path / "absent"), "--output_dir", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert "absent" in message
+
+
+def test_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arguments: object) -> None:
+        raise ValueError("raised outside the package")
+
+    monkeypatch.setattr("memnet.scoring._run", broken)
+    with pytest.raises(ValueError, match="outside"):
+        main(["score-tissue", "--dataset_dir", "anywhere"])
