@@ -44,7 +44,7 @@ class RandAcquireModalitiesd(RandomizableTransform, MapTransform):
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, 1.0)
         self.prob_coarse, self.prob_thick = prob_coarse, prob_thick
-        self.voxel_size, self.thickness, self.blur = voxel_size, thickness, tuple(blur)
+        self.voxel_size, self.thickness, self.blur = voxel_size, thickness, blur
         self.bias, self.noise, self.gamma = bias, noise, gamma
 
     def randomize(self, data: Any = None) -> None:
@@ -123,7 +123,7 @@ class RandStripSkulld(RandomizableTransform, MapTransform):
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         self.label_key, self.mask_key = label_key, mask_key
-        self.prob_tight, self.margin, self.irregularity = prob_tight, tuple(margin), irregularity
+        self.prob_tight, self.margin, self.irregularity = prob_tight, margin, irregularity
 
     def randomize(self, data: Any = None) -> None:
         """Draw whether to strip, and the kind of mask."""
@@ -173,7 +173,7 @@ class RandScaleModalitiesd(RandomizableTransform, MapTransform):
     def __init__(self, keys: KeysCollection = "image", jitter: tuple[float, float] = (0.75, 1.2)) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, 1.0)
-        self.jitter = tuple(jitter)
+        self.jitter = jitter
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return images in [0, 1], float32; empty channels stay empty."""

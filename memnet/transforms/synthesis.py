@@ -115,8 +115,8 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
         if not all(0 <= p <= 1 for p in prob_random):
             raise ValueError(f"prob_random is {prob_random}, expected two probabilities")
         self.image_key, self.mask_key = image_key, mask_key
-        self.prob_missing, self.prob_random = tuple(prob_missing), tuple(prob_random)
-        self.variation, self.texture, self.pial_mixture = variation, texture, tuple(pial_mixture)
+        self.prob_missing, self.prob_random = prob_missing, prob_random
+        self.variation, self.texture, self.pial_mixture = variation, texture, pial_mixture
         self.prob_dark_air = prob_dark_air
 
     def randomize(self, data: Any = None) -> None:

@@ -1,0 +1,61 @@
+"""The scoring command: what it compares, what it writes, what it refuses."""
+
+import csv
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from memnet import scoring
+from memnet.scoring import dice, find_scored_cases, score_tissue
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two subjects of 4 x 4 x 4 voxels: a mask of 3 slices, labels in 2 of them."""
+    label = np.zeros((4, 4, 4), np.uint8)
+    label[1], label[2] = 2, 3
+    mask = np.zeros((4, 4, 4), np.uint8)
+    mask[:3] = 1
+    for subject in ("01", "02"):
+        for suffix, content in {"SS": label * 100, "classified": label, "mask": mask}.items():
+            nib.save(nib.Nifti1Image(content, np.eye(4)), tmp_path / f"{subject}_{suffix}.nii.gz")
+    return tmp_path
+
+
+def test_dice_of_equal_half_and_absent_labels():
+    reference = np.array([1, 1, 2, 2])
+    assert dice(reference, reference, 1) == 1
+    assert dice(np.array([1, 3, 3, 3]), reference, 1) == pytest.approx(2 / 3)
+    assert dice(reference, reference, 3) == 1
+
+
+def test_table_scores_unlabelled_voxels_of_the_mask_as_fluid(folder, tmp_path, monkeypatch):
+    prediction = np.zeros((4, 4, 4), np.uint8)
+    prediction[0], prediction[1], prediction[2:] = 1, 2, 3
+    monkeypatch.setattr(scoring, "_segment_with_bundle", lambda cases, *_: (prediction for _ in cases))
+    score_tissue(folder, "bundles/some_bundle", tmp_path / "out", hmrf=False)
+    with open(tmp_path / "out" / "scores.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3
+    assert {(row["method"], row["tissue"], float(row["dice"])) for row in rows} == {
+        ("some_bundle", tissue, 1.0) for tissue in ("CSF", "GM", "WM")
+    }
+    assert "| some_bundle | 1.000 ± 0.000 |" in (tmp_path / "out" / "scores.md").read_text(encoding="utf-8")
+
+
+def test_missing_files_are_named(folder):
+    assert list(find_scored_cases(folder)) == ["01", "02"]
+    (folder / "02_mask.nii.gz").unlink()
+    with pytest.raises(ValueError, match=r"02_mask\.nii\.gz"):
+        find_scored_cases(folder)
+    with pytest.raises(ValueError, match="no such folder"):
+        find_scored_cases(folder / "nowhere")
+    with pytest.raises(ValueError, match="03_SS"):
+        find_scored_cases(folder, ["03"])
+
+
+def test_a_prediction_on_another_grid_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "_segment_with_bundle", lambda cases, *_: (np.zeros((2, 2, 2)) for _ in cases))
+    with pytest.raises(ValueError, match=r"\(2, 2, 2\)"):
+        score_tissue(folder, "some_bundle", tmp_path / "out", hmrf=False)
