@@ -69,6 +69,16 @@ def weights(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def label_maps(write_nifti: Callable[..., Path]) -> Path:
+    """Three small label maps with FreeSurfer's values: background, ventricle, cortex, white matter, skin."""
+    for number in range(3):
+        values = np.array([0, 4, 3, 2], dtype=np.int16)[phantom(seed=number)[2]]
+        values[2:-2, 2:-2, 2:-2][values[2:-2, 2:-2, 2:-2] == 0] = 516
+        path = write_nifti(f"label_maps/{number}.nii.gz", values)
+    return path.parent
+
+
+@pytest.fixture
 def shipped(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
     """Copy a bundle elsewhere, with random weights where it ships none yet."""
 
@@ -121,11 +131,14 @@ def test_network_takes_and_gives_what_the_metadata_says(bundle: Path, config: st
     ],
     ids=lambda v: v if isinstance(v, str) else "+".join(v),
 )
-def test_properties_are_complete(bundle: Path, kind: str, configs: list[str]) -> None:
+def test_properties_are_complete(bundle: Path, kind: str, configs: list[str], label_maps: Path, tmp_path: Path) -> None:
     files = [str(bundle / "configs" / config) for config in configs]
     if not all(Path(f).is_file() for f in files):
         pytest.skip(f"{bundle.name} has no {' and '.join(configs)}")
-    workflow = ConfigWorkflow(config_file=files, workflow_type=kind, logging_file=False)
+    overrides: dict[str, Any] = {"output_dir": str(tmp_path)}
+    if "train_synthetic.json" in configs:
+        overrides |= {"dataset_dir": str(label_maps), "patch_size": [16, 16, 16]}
+    workflow = ConfigWorkflow(config_file=files, workflow_type=kind, logging_file=False, **overrides)  # type: ignore[arg-type]
     workflow.initialize()
     assert workflow.check_properties() == []
 
@@ -233,6 +246,13 @@ def test_trains_evaluates_and_segments(
 def test_trains_from_a_datalist_with_a_missing_modality(tissue: Path, datalist: Path, tmp_path: Path) -> None:
     run(tissue, "run", "train.json", **SMALL_TRAINING, datalist=str(datalist), epochs=1, output_dir=str(tmp_path / "t"))
     assert (tmp_path / "t" / "model_best.pt").is_file()
+
+
+def test_trains_from_label_maps_alone(tissue: Path, label_maps: Path, tmp_path: Path) -> None:
+    options = {**SMALL, "patch_size": [16, 16, 16], "patches_per_map": 2, "num_workers": 0, "epochs": 1}
+    options.pop("roi_size")
+    run(tissue, "training", "train_synthetic.json", **options, dataset_dir=str(label_maps), output_dir=str(tmp_path))
+    assert all(torch.isfinite(v).all() for v in torch.load(tmp_path / "model_best.pt", weights_only=True).values())
 
 
 def test_training_leaves_the_shipped_weights_alone(
