@@ -1,0 +1,134 @@
+"""Memory and time of one training step of the segmentation networks: ``python -m memnet memory``."""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import monai
+import torch
+from torch import nn
+
+from memnet.live_memory import peak_live_bytes
+from memnet.losses import InvResLoss
+from memnet.networks import NETWORKS, segmentation_network
+
+__all__ = ["Measurement", "measure", "table"]
+
+
+class Measurement(NamedTuple):
+    """One training step of one network.
+
+    Attributes:
+        network: its name, and ``+ VAE`` where the variational branch trains too.
+        memory: the memory strategy.
+        patch: side of the cubic patch, voxels.
+        precision: ``float32``, or ``bfloat16`` for autocast.
+        peak: bytes alive at once in the forward and backward pass, parameters and their gradients apart.
+        seconds: median time of a step.
+    """
+
+    network: str
+    memory: str
+    patch: int
+    precision: str
+    peak: int
+    seconds: float
+
+
+def measure(
+    network: str,
+    memory: str | None,
+    patch: int,
+    precision: str = "float32",
+    device: str = "cpu",
+    vae: bool = False,
+    steps: int = 3,
+) -> Measurement:
+    """Measure a training step (forward pass, loss, backward pass) at batch size 1, two channels in and four classes out.
+
+    Args:
+        network: ``baseline``, ``partially`` or ``fully``.
+        memory: a memory strategy; the network's own default where None.
+        patch: side of the cubic patch, voxels.
+        precision: ``float32``, or ``bfloat16`` for autocast.
+        device: ``cpu`` or ``cuda``.
+        vae: train with the variational branch.
+        steps: steps timed; the first one more is not.
+
+    Raises:
+        ValueError: the network does not know the strategy.
+    """
+    torch.manual_seed(0)
+    net = segmentation_network(network, spatial_dims=3, in_channels=2, out_channels=4, memory=memory, vae=vae).to(
+        device
+    )
+    image = torch.rand(1, 2, patch, patch, patch, device=device)
+    label = torch.randint(0, 4, (1, 1, patch, patch, patch), device=device)
+    loss = InvResLoss()
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            prediction = net(image)
+        loss(prediction, label).backward()
+
+    step()  # libraries choose and load their kernels in the first step
+    net.zero_grad(set_to_none=True)
+    peak = peak_live_bytes(step, net.parameters(), device)
+    times = [_timed(step, net, device) for _ in range(steps)]
+    name = f"{type(net).__name__}{' + VAE' if vae else ''}"
+    return Measurement(name, net.memory, patch, precision, peak, statistics.median(times))
+
+
+def table(measurements: Sequence[Measurement]) -> str:
+    """Return a markdown table; ratios are to the first row of the same patch and precision."""
+    lines = [
+        "| network | `memory` | patch | precision | peak, MiB | to the first | time to the first |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    first: dict[tuple[int, str], Measurement] = {}
+    for m in measurements:
+        reference = first.setdefault((m.patch, m.precision), m)
+        lines.append(
+            f"| {m.network} | {m.memory} | {m.patch}^3 | {m.precision} | {m.peak / 2**20:.0f} | {m.peak / reference.peak:.2f} "
+            f"| {m.seconds / reference.seconds:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command ``memory`` to the command line."""
+    parser = commands.add_parser("memory", help="measure memory and time of a training step of each network")
+    parser.add_argument("--patch", type=int, nargs="+", default=[64], help="sides of the cubic patches, voxels")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], nargs="+", default=["float32"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each")
+    parser.set_defaults(function=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    cases: list[tuple[str, str | None, bool]] = [(network, None, False) for network in NETWORKS]
+    cases += [("fully", None, True), ("fully", "checkpoint", False), ("fully", "store", False)]
+    device = arguments.device
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
+    print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, MONAI {monai.__version__}\n")
+    found = [
+        measure(network, memory, patch, precision, device, vae, arguments.steps)
+        for patch in arguments.patch
+        for precision in arguments.precision
+        for network, memory, vae in cases
+    ]
+    print(table(found))
+
+
+def _timed(step: Callable[[], None], net: nn.Module, device: str) -> float:
+    net.zero_grad(set_to_none=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
