@@ -24,7 +24,14 @@ _NORM = ("instance", {"affine": True})
 
 
 def level_widths(channels: int, n_levels: int) -> list[int]:
-    """Return the channels of each level of a U-Net, doubling on the way down."""
+    """Return the channels of each level of a U-Net, doubling on the way down.
+
+    Raises:
+        ValueError: ``channels`` or ``n_levels`` is less than 1.
+    """
+    for name, value in {"channels": channels, "n_levels": n_levels}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     return [channels * 2**level for level in range(n_levels)]
 
 
