@@ -1,0 +1,69 @@
+"""Data-parallel training with two processes gives the mean of the gradients of one."""
+
+import copy
+
+import pytest
+import torch
+from checks import MEMORIES, Net, couplings, weigh
+from torch import distributed, multiprocessing, nn
+
+WAYS = {"plain": {}, "find_unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}
+
+
+def make_net(memory, unused: bool) -> nn.Module:
+    torch.manual_seed(0)
+    net = Net(couplings(2))
+    net.memory = memory
+    if unused:
+        net.spare = nn.Linear(2, 2)
+    return net
+
+
+def gradients_of(net: nn.Module, module: nn.Module, batches) -> list[dict[str, torch.Tensor]]:
+    """Gradients of consecutive steps without an update in between."""
+    steps = []
+    for x in batches:
+        net.zero_grad()
+        weigh([module(x)]).backward()
+        steps.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+    return steps
+
+
+def train(rank: int, file: str, batches) -> None:
+    """The body of one process; writes the gradients of every strategy and way."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    found = {}
+    for memory in MEMORIES:
+        for way, options in WAYS.items():
+            net = make_net(memory, way == "find_unused")
+            module = nn.parallel.DistributedDataParallel(net, **options)
+            found[memory, way] = gradients_of(net, module, batches[rank])
+    torch.save(found, f"{file}.{rank}")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [[torch.randn(2, 1, 6, generator=generator) for _ in range(3)] for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, batches):
+    file = str(tmp_path_factory.mktemp("distributed") / "store")
+    multiprocessing.spawn(train, (file, batches), nprocs=2)
+    return [torch.load(f"{file}.{rank}") for rank in range(2)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_two_processes_equal_the_mean_of_one(memory, way, found, batches):
+    net = make_net("store", way == "find_unused")
+    alone = [gradients_of(net, copy.copy(net), batches[rank]) for rank in range(2)]
+    for i, (first, second) in enumerate(zip(*alone, strict=True)):
+        for rank in range(2):
+            there = found[rank][memory, way][i]
+            assert {name for name in there if "spare" not in name} == set(first)
+            for name in first:
+                torch.testing.assert_close(there[name], (first[name] + second[name]) / 2, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,77 @@
+"""The proof by live bytes: with ``invert`` the peak of forward and backward does not grow with depth."""
+
+import pytest
+import torch
+from checks import couplings, peak, streams
+from torch import nn
+
+from memnet.live_memory import peak_live_bytes
+
+
+def test_peak_counts_what_is_alive_at_once(device):
+    def run():
+        a = torch.zeros(1024, device=device)
+        b = torch.zeros(2048, device=device)
+        del a
+        c = torch.zeros(512, device=device)
+        del b
+        return c
+
+    assert peak_live_bytes(run, device=device.type) == 4 * (1024 + 2048)
+
+
+def test_peak_ignores_what_was_alive_before():
+    before = [torch.zeros(4096)]
+
+    def run():
+        before.clear()
+        torch.zeros(1024)
+
+    assert peak_live_bytes(run) == 4 * 1024
+
+
+def test_peak_counts_results():
+    assert peak_live_bytes(lambda: [torch.zeros(256) for _ in range(3)]) == 3 * 4 * 256
+
+
+def test_peak_leaves_out_parameter_gradients_alone():
+    weight, x = nn.Parameter(torch.ones(1024)), torch.ones(1024)
+
+    def run():
+        product = weight * x
+        product.sum().backward()
+        return product
+
+    assert peak_live_bytes(run) - peak_live_bytes(run, [weight]) == 0  # there already
+    weight.grad = None
+    counted = peak_live_bytes(run)
+    weight.grad = None
+    assert counted - peak_live_bytes(run, [weight]) == 4096
+
+
+def _branch(channels=8):
+    norm = nn.InstanceNorm3d(channels, affine=True)
+    return nn.Sequential(norm, nn.LeakyReLU(inplace=True), nn.Conv3d(channels, channels, 3, padding=1, bias=False))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_peak_does_not_grow_with_depth(autocast, device):
+    """The bound of the design: depth 32 within 1.02 of depth 2."""
+    inputs, peaks = streams(1, 8, 24, 24, 24, device=device), {}
+    for memory, n_blocks in (("invert", 2), ("invert", 32), ("store", 2), ("store", 8)):
+        chain = couplings(n_blocks, _branch).to(device)
+        chain.memory = memory
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            peaks[memory, n_blocks] = peak(chain, inputs)
+    assert peaks["invert", 32] <= 1.02 * peaks["invert", 2], peaks
+    assert peaks["store", 8] > 1.5 * peaks["store", 2], peaks
+
+
+def test_order_of_the_strategies(device):
+    """Peaks of 64 light blocks: store, checkpoint, recursive, invert, each clearly below the one before."""
+    chain, inputs, peaks = couplings(64, lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.Tanh())), streams(1, 4, 5000), []
+    for memory in ("store", "checkpoint", "recursive", "invert"):
+        chain.memory = memory
+        peaks.append(peak(chain, inputs) / inputs[0].nbytes / 2)
+    assert all(after < 0.8 * before for before, after in zip(peaks, peaks[1:], strict=False)), peaks
+    assert peaks[-1] < 8, peaks
