@@ -38,7 +38,8 @@ def round_to_grid(x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
         fraction_bits: ``k``; see :func:`grid_step`.
     """
     if not torch.jit.is_scripting():
-        if x.requires_grad and torch.is_grad_enabled() and not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if torch.is_grad_enabled() and x.requires_grad and not tracing:
             return _RoundToGrid.apply(x, fraction_bits)
     step = grid_step(x.dtype, fraction_bits)
     # Powers of two: the products are exact, only the rounding itself changes the value.
@@ -57,7 +58,9 @@ class _RoundToGrid(torch.autograd.Function):
         return gradient, None
 
 
-def add_on_grid(stream: torch.Tensor, branch: torch.Tensor, fraction_bits: int | None, sign: float = 1.0) -> torch.Tensor:
+def add_on_grid(
+    stream: torch.Tensor, branch: torch.Tensor, fraction_bits: int | None, sign: float = 1.0
+) -> torch.Tensor:
     """Add a branch's output, brought to the stream's precision and rounded to the grid, to a residual stream.
 
     Args:

@@ -204,7 +204,9 @@ class _Resampling(Invertible):
             before, (mixed,) = coarse[i], replay.first(coarse[i])
             coarse[i] = self.on_grid(mixed)
             if self.fraction_bits is not None:
-                kept.append(self._missed(before, self.on_grid(mixing.inverse(coarse[i]))))
+                inverted = self.on_grid(mixing.inverse(coarse[i]))
+                kept.append(self._missed(before, inverted, grid_step(before.dtype, self.fraction_bits)))
+                del inverted
         return Recorded(tuple(self.join(coarse, rest, not self.downwards)), replays, tuple(kept))
 
     @torch.jit.unused
@@ -225,16 +227,16 @@ class _Resampling(Invertible):
                 coarse[i].add_(kept[i], alpha=grid_step(coarse[i].dtype, self.fraction_bits))
             _, pull = replay_with_grad([replay], [coarse[i]])
             (step,), more = pull([d_coarse[i]])
-            d_coarse[i] = step
+            d_coarse[i] = torch.zeros_like(coarse[i]) if step is None else step
             accumulate(parameter_gradients, more)
         inputs = tuple(self.join(coarse, rest, self.downwards))
         del coarse, rest
         return inputs, [*self.join(d_coarse, d_rest, self.downwards)], parameter_gradients
 
     @torch.jit.unused
-    def _missed(self, x: torch.Tensor, inverted: torch.Tensor) -> torch.Tensor:
+    def _missed(self, x: torch.Tensor, inverted: torch.Tensor, step: float) -> torch.Tensor:
         """Return how many grid steps an inverse is off, as int8."""
-        steps = (x - inverted).div_(grid_step(x.dtype, self.fraction_bits))
+        steps = (x - inverted).div_(step)
         if not torch.linalg.vector_norm(steps, float("inf")).item() <= 127:
             raise OverflowError(
                 f"{type(self).__name__}: the inverse is more than 127 grid steps off, the streams are too large for "

@@ -79,7 +79,7 @@ def measure(
     peak = peak_live_bytes(step, net.parameters(), device)
     times = [_timed(step, net, device) for _ in range(steps)]
     name = f"{type(net).__name__}{' + VAE' if vae else ''}"
-    return Measurement(name, net.memory, patch, precision, peak, statistics.median(times))
+    return Measurement(name, str(net.memory), patch, precision, peak, statistics.median(times))
 
 
 def table(measurements: Sequence[Measurement]) -> str:
