@@ -17,6 +17,8 @@ from typing import Any
 from monai.bundle import ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
 
+from memnet.allocation import keep_freed_memory
+
 __all__ = ["bundle_root", "check_overrides", "input_error", "one_line_errors", "start"]
 
 # ids that MONAI itself adds to a config
@@ -25,7 +27,7 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 def start() -> str:
-    """Begin a run: refuse unknown overrides, and end the command line's user errors in one line.
+    """Begin a run: refuse unknown overrides; in ``python -m monai.bundle``, end a user's error in one line.
 
     Returns:
         The bundle's folder.
@@ -33,10 +35,13 @@ def start() -> str:
     Raises:
         ValueError: if an override names nothing in the config.
     """
-    one_line_errors()
+    if _is_command():
+        one_line_errors()
+        keep_freed_memory()
     workflow = _calling_workflow()
     if workflow is not None:
         check_overrides(workflow)
+        _read_words(workflow)
     return bundle_root()
 
 
@@ -103,15 +108,29 @@ def input_error(error: BaseException | None) -> ValueError | None:
 
 
 def one_line_errors() -> None:
-    """Make ``python -m monai.bundle`` end a user's error in one line and exit code 1, without a traceback.
+    """Make this process end a user's error in one line and exit code 1, without a traceback.
 
-    Elsewhere, as in MONAI Label or a test, nothing is changed and the ``ValueError`` reaches the caller.
+    Hosts such as MONAI Label do not call it: the ``ValueError`` reaches them.
     """
-    if not sys.argv[0].endswith(str(Path("monai", "bundle", "__main__.py"))) or sys.excepthook is _print_input_error:
+    if sys.excepthook is _print_input_error:
         return
     sys.excepthook = _print_input_error
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_news)
+
+
+def _is_command() -> bool:
+    return sys.argv[0].endswith(str(Path("monai", "bundle", "__main__.py")))
+
+
+def _read_words(workflow: ConfigWorkflow) -> None:
+    """Take ``--resume true`` for what it says; the command line knows ``True`` alone and would pass the word on."""
+    words = {"true": True, "false": False, "null": None, "none": None}
+    config = workflow.parser.get()
+    for path, section in [((), config), *_sections(config)]:
+        for key, value in section.items():
+            if isinstance(value, str) and value.lower() in words:
+                workflow.parser["#".join([*path, key])] = words[value.lower()]
 
 
 def _print_input_error(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:

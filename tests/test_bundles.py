@@ -395,9 +395,10 @@ def test_overlay_is_drawn_on_demand(
 ) -> None:
     scan = write_nifti("scan.nii.gz", phantom()[0])
     options = {**SMALL, "image": str(scan), "ckpt_path": str(weights()), "output_dir": str(tmp_path)}
-    run(tissue, "run", "inference.json", **options)
+    # the words as a command line passes them on
+    run(tissue, "run", "inference.json", **options, overlay="false")
     assert not (tmp_path / "scan_tissue.png").exists()
-    run(tissue, "run", "inference.json", **options, overlay=True)
+    run(tissue, "run", "inference.json", **options, overlay="true")
     assert (tmp_path / "scan_tissue.png").read_bytes().startswith(b"\x89PNG")
 
 
