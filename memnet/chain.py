@@ -207,9 +207,11 @@ class _Invert(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients):
         saved = ctx.saved_tensors
-        recorded = Recorded(saved[: ctx.n_outputs], ctx.replays, saved[ctx.n_outputs :])
+        held = [Recorded(saved[: ctx.n_outputs], ctx.replays, saved[ctx.n_outputs :])]
+        # Unless the graph is retained, the chain holds the only reference to its outputs and frees them with its last block.
+        ctx.maybe_clear_saved_tensors()
         del saved
-        _, state_gradients, found = ctx.chain.pull_back(recorded, gradients)
+        _, state_gradients, found = ctx.chain.pull_back(held.pop(), gradients)
         return _needed(ctx, state_gradients, found)
 
 
