@@ -103,7 +103,8 @@ class RandStripSkulld(RandomizableTransform, MapTransform):
         keys: images ``(C, D, H, W)``, set to exactly zero outside the drawn mask.
         label_key: tissue labels, set to background where the image is removed.
         mask_key: the true brain, ventricles included; removed from the data.
-        prob: probability that the skull is stripped at all.
+        prob: probability that the skull is stripped at all; never where the brain is less than 2 percent of the patch, which
+            would leave nothing to see.
         prob_tight: probability that the mask follows the cortex into the sulci instead of bridging them.
         margin: least and largest share of brain in the neighbourhood of a voxel at which a bridging mask ends; below one
             half it keeps a rim of fluid, above it cuts the crowns of the gyri.
@@ -138,7 +139,7 @@ class RandStripSkulld(RandomizableTransform, MapTransform):
         d = dict(data)
         self.randomize()
         brain = torch.as_tensor(d.pop(self.mask_key))[None].float()
-        if not self._do_transform:
+        if not self._do_transform or float(brain.mean()) < 0.02:
             return d
         field = functional.interpolate(
             torch.from_numpy(self._field), brain.shape[2:], mode="trilinear", align_corners=True
