@@ -70,9 +70,12 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
         ValueError: naming the key and the nearest known one.
     """
     shipped = _shipped_configs(workflow.config_root_path)
+    if not shipped:
+        return
     config = workflow.parser.get()
     referred = set(re.findall(r"@(\w+)", json.dumps(config, default=str)))
     known = {key for content in shipped for key in content} | referred | _OF_MONAI
+    known |= {workflow.run_id, workflow.init_id, workflow.final_id}
     for key in config:
         if key not in known:
             raise ValueError(_unknown(key, sorted(k for k in known if k not in _OF_MONAI)))
@@ -158,7 +161,13 @@ def _calling_workflow() -> ConfigWorkflow | None:
 
 
 def _shipped_configs(folder: Path) -> list[dict[str, Any]]:
-    return [_nested(json.loads(f.read_text(encoding="utf-8"))) for f in sorted(folder.glob("*.json"))]
+    contents = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            contents.append(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, OSError):
+            continue  # MONAI itself refuses the configs in use
+    return [_nested(content) for content in contents if isinstance(content, dict)]
 
 
 def _nested(config: dict[str, Any]) -> dict[str, Any]:
