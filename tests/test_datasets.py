@@ -13,12 +13,12 @@ import pytest
 from memnet.datasets import (
     find_evaluation_cases,
     find_iseg,
-    find_scans,
     find_training_cases,
     read_datalist,
     require_cases,
     split_folds,
 )
+from memnet.scans import find_scans
 
 
 def touch(folder: Path, *names: str) -> None:
