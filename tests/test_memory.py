@@ -67,7 +67,7 @@ def test_peak_does_not_grow_with_depth(autocast, device):
     assert peaks["store", 8] > 1.5 * peaks["store", 2], peaks
 
 
-def test_order_of_the_strategies(device):
+def test_order_of_the_strategies():
     """Peaks of 64 light blocks: store, checkpoint, recursive, invert, each clearly below the one before."""
     chain, inputs, peaks = couplings(64, lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.Tanh())), streams(1, 4, 5000), []
     for memory in ("store", "checkpoint", "recursive", "invert"):

@@ -51,6 +51,13 @@ def test_divergence_of_wild_features_is_finite_under_autocast():
     assert regularisation.isfinite().all()
 
 
+@pytest.mark.parametrize("memory", ["store", "invert"])
+def test_the_branch_is_recomputed_whatever_the_networks_strategy(memory):
+    net = small(FullyInvResUNet, True, memory=memory)
+    net.memory = memory
+    assert net.vae.upsample.memory == "checkpoint"
+
+
 @pytest.mark.parametrize("network", [FullyInvResUNet, PartiallyInvResUNet])
 def test_the_branch_does_not_set_the_memory_peak(network):
     x, labels, peaks = torch.rand(1, 2, 32, 32, 32), torch.randint(0, 3, (1, 1, 32, 32, 32)), {}
