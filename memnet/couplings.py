@@ -160,7 +160,8 @@ class ChannelSplit(Invertible):
         x = state[0]
         first = self.first
         n = x.shape[1] // 2 if first is None else first
-        return [x[:, :n].contiguous(), x[:, n:].contiguous()] + state[1:]
+        # Copies: a view, which contiguous() returns of a batch of 1, would keep the other half alive too.
+        return [x[:, :n].clone(), x[:, n:].clone()] + state[1:]
 
     @torch.jit.unused
     def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -189,4 +190,4 @@ class ChannelMerge(Invertible):
         """Map ``(x, *rest)`` back to ``(x1, x2, *rest)``."""
         x = state[0]
         n = x.shape[1] // 2 if self.first is None else self.first
-        return x[:, :n].contiguous(), x[:, n:].contiguous(), *state[1:]
+        return x[:, :n].clone(), x[:, n:].clone(), *state[1:]
