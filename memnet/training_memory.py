@@ -1,6 +1,7 @@
 """Memory and time of one training step of the segmentation networks: ``python -m memnet memory``."""
 
 import argparse
+import math
 import platform
 import statistics
 import time
@@ -27,7 +28,7 @@ class Measurement(NamedTuple):
         patch: side of the cubic patch, voxels.
         precision: ``float32``, or ``bfloat16`` for autocast.
         peak: bytes alive at once in the forward and backward pass, parameters and their gradients apart.
-        seconds: median time of a step.
+        seconds: median time of a step; NaN where none was timed.
     """
 
     network: str
@@ -56,7 +57,7 @@ def measure(
         precision: ``float32``, or ``bfloat16`` for autocast.
         device: ``cpu`` or ``cuda``.
         vae: train with the variational branch.
-        steps: steps timed; the first one more is not.
+        steps: steps timed, after one that is not and the one whose memory is measured; 0 measures memory alone.
 
     Raises:
         ValueError: the network does not know the strategy.
@@ -79,7 +80,9 @@ def measure(
     peak = peak_live_bytes(step, net.parameters(), device)
     times = [_timed(step, net, device) for _ in range(steps)]
     name = f"{type(net).__name__}{' + VAE' if vae else ''}"
-    return Measurement(name, str(net.memory), patch, precision, peak, statistics.median(times))
+    return Measurement(
+        name, str(net.memory), patch, precision, peak, statistics.median(times) if times else float("nan")
+    )
 
 
 def table(measurements: Sequence[Measurement]) -> str:
@@ -91,9 +94,10 @@ def table(measurements: Sequence[Measurement]) -> str:
     first: dict[tuple[int, str], Measurement] = {}
     for m in measurements:
         reference = first.setdefault((m.patch, m.precision), m)
+        pace = m.seconds / reference.seconds
         lines.append(
             f"| {m.network} | {m.memory} | {m.patch}^3 | {m.precision} | {m.peak / 2**20:.0f} | {m.peak / reference.peak:.2f} "
-            f"| {m.seconds / reference.seconds:.2f} |"
+            f"| {'-' if math.isnan(pace) else f'{pace:.2f}'} |"
         )
     return "\n".join(lines)
 
@@ -104,7 +108,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--patch", type=int, nargs="+", default=[64], help="sides of the cubic patches, voxels")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], nargs="+", default=["float32"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each; 0 measures memory alone")
     parser.set_defaults(function=_run)
 
 
