@@ -1,4 +1,4 @@
-"""Keeps the brain of a tissue map and removes what was taken for brain elsewhere in the head."""
+"""Keeps the brain of a tissue map: removes false finds elsewhere in the head, fills what a stripped scan shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from memnet.transforms.labels import CSF, GM
 
-__all__ = ["KeepBraind"]
+__all__ = ["FillStrippedd", "KeepBraind"]
 
 
 class KeepBraind(MapTransform):
@@ -50,7 +50,41 @@ class KeepBraind(MapTransform):
                 near = _dilate(core, self.radius + self.margin)
                 nearby = _dilate(near, self.fluid_margin)
                 gone = ((label >= GM) & (near == 0)) | ((label == CSF) & (nearby == 0))
-                values[1:, gone] = values.amin() - 1
+                values[0, gone] = values.amax() + 1
+            d[key] = scores
+        return d
+
+
+class FillStrippedd(MapTransform):
+    """Let every voxel that a skull-stripped scan has left be brain, since the extraction has already decided that.
+
+    A scan counts as stripped where most of what is not black was found to be tissue; in a whole head at most about half
+    is. A whole head is left as it is.
+
+    Args:
+        keys: class scores ``(C, D, H, W)`` of background, CSF, GM, WM.
+        image_key: the scaled images ``(M, D, H, W)`` on the same grid, in [0, 1].
+        dark: intensity above which a voxel is not black in some modality.
+        share: least share of tissue among the voxels that are not black in a stripped scan.
+    """
+
+    def __init__(self, keys: KeysCollection, image_key: str = "image", dark: float = 0.02, share: float = 0.75) -> None:
+        super().__init__(keys)
+        self.image_key, self.dark, self.share = image_key, dark, share
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return scores whose background loses in the brain of a stripped scan, and wins outside of it."""
+        d = dict(data)
+        image = d[self.image_key]
+        seen = ((image.as_tensor() if isinstance(image, MetaTensor) else image) > self.dark).any(0)
+        for key in self.key_iterator(d):
+            scores = d[key].clone()
+            values = scores.as_tensor() if isinstance(scores, MetaTensor) else scores
+            here = seen.to(values.device)
+            tissue = values.argmax(0) > 0
+            if int((tissue & here).sum()) >= self.share * max(int(here.sum()), 1):
+                lowest, highest = values.amin() - 1, values.amax() + 1
+                values[0] = torch.where(here, lowest, highest)
             d[key] = scores
         return d
 

@@ -1,9 +1,9 @@
-"""Removal of what was taken for brain elsewhere in the head."""
+"""Removal of what was taken for brain elsewhere in the head, and filling of what a stripped scan shows."""
 
 import torch
 from monai.data import MetaTensor
 
-from memnet.transforms.brain import KeepBraind
+from memnet.transforms.brain import FillStrippedd, KeepBraind
 
 
 def scores(labels: torch.Tensor) -> torch.Tensor:
@@ -46,3 +46,20 @@ def test_metadata_and_the_input_stay():
 def test_nothing_that_is_brain_gives_nothing():
     empty = scores(torch.zeros(8, 8, 8))
     assert torch.equal(KeepBraind("pred")({"pred": empty})["pred"], empty)
+
+
+def test_everything_left_in_a_stripped_scan_becomes_tissue_and_black_becomes_background():
+    labels = head()
+    image = torch.stack([(labels > 0).float() * 0.5, torch.zeros_like(labels)])
+    found = labels.clone()
+    found[16:18] = 0  # a rim that was missed
+    found[:2, :2, :2] = 2  # tissue where there is nothing
+    filled = FillStrippedd("pred")({"pred": scores(found), "image": image})["pred"].argmax(0)
+    assert torch.equal(filled > 0, labels > 0)
+    assert torch.equal(filled[18:], labels[18:].long())
+
+
+def test_a_whole_head_is_left_as_it_is():
+    given = scores(head())
+    out = FillStrippedd("pred")({"pred": given, "image": torch.full((2, 48, 40, 40), 0.5)})["pred"]
+    assert torch.equal(out, given)
