@@ -1,6 +1,7 @@
 """Memory and time of one training step of the segmentation networks: ``python -m memnet memory``."""
 
 import argparse
+import itertools
 import math
 import platform
 import statistics
@@ -118,13 +119,11 @@ def _run(arguments: argparse.Namespace) -> None:
     device = arguments.device
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
     print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, MONAI {monai.__version__}\n")
-    found = [
-        measure(network, memory, patch, precision, device, vae, arguments.steps)
-        for patch in arguments.patch
-        for precision in arguments.precision
-        for network, memory, vae in cases
-    ]
-    print(table(found))
+    print(table([]))
+    found: list[Measurement] = []
+    for patch, precision, (network, memory, vae) in itertools.product(arguments.patch, arguments.precision, cases):
+        found.append(measure(network, memory, patch, precision, device, vae, arguments.steps))
+        print(table(found).splitlines()[-1], flush=True)
 
 
 def _timed(step: Callable[[], None], net: nn.Module, device: str) -> float:
