@@ -7,7 +7,7 @@ OUTPUT := demo
 PYTHON ?= python3
 TESTS  ?= tests
 
-# The whole-head T1 template of 152 adults that comes with nilearn; make demo IMAGE=scan.nii.gz takes your own.
+# The T1 template of 152 adults that comes with nilearn, skull-stripped; make demo IMAGE=scan.nii.gz takes your own.
 TEMPLATE := mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz
 IMAGE ?=
 
