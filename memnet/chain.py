@@ -181,15 +181,23 @@ class Chain(nn.ModuleList):
 def set_memory(module: nn.Module, memory: Memory) -> nn.Module:
     """Switch every chain inside a module to a memory strategy, and return the module.
 
+    A network with a ``memory`` of its own is switched by that, since it may hold chains that keep theirs.
+
     Raises:
         ValueError: a chain does not support it, or the module has no chain.
     """
-    chains = [child for child in module.modules() if isinstance(child, Chain)]
-    if not chains:
+    if not _switch(module, memory):
         raise ValueError(f"{type(module).__name__} has no memnet.Chain")
-    for chain in chains:
-        chain.memory = memory
     return module
+
+
+def _switch(module: nn.Module, memory: Memory) -> bool:
+    own = isinstance(getattr(type(module), "memory", None), property)
+    if own:
+        setattr(module, "memory", memory)  # noqa: B010 (nn.Module has no such attribute to a type checker)
+        if not isinstance(module, Chain):
+            return True
+    return any([_switch(child, memory) for child in module.children()]) or own
 
 
 class _Invert(torch.autograd.Function):

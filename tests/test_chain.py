@@ -8,7 +8,7 @@ from checks import MEMORIES, branch, check_parity, couplings, differing, step, s
 from monai.bundle import ConfigParser
 from torch import nn
 
-from memnet import AdditiveCoupling, Chain, ChannelMerge, ChannelSplit, set_memory
+from memnet import AdditiveCoupling, Chain, ChannelMerge, ChannelSplit, FullyInvResUNet, set_memory
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
@@ -104,6 +104,13 @@ def test_memory_is_set_from_a_config(memory):
     chain = parser.get_parsed_content("chain")
     assert isinstance(chain, Chain) and chain.memory == memory
     assert len(step(chain, streams())[0]) == 2
+
+
+def test_set_memory_leaves_a_networks_own_choice_to_it():
+    net = FullyInvResUNet(2, 1, 2, channels=4, n_levels=2, memory="store", vae=True)
+    set_memory(nn.Sequential(net), "invert")
+    assert net.memory == net.body.memory == "invert"
+    assert net.vae.upsample.memory == "checkpoint"
 
 
 def test_set_memory_switches_every_chain_in_a_module():
