@@ -11,7 +11,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 from torch.nn import functional
 
-from memnet.transforms.labels import FREESURFER_TISSUE, GM
+from memnet.transforms.labels import FREESURFER_TISSUE, GM, WM
 
 __all__ = ["STRUCTURES", "RandSynthesizeModalitiesd"]
 
@@ -48,6 +48,7 @@ STRUCTURES: dict[str, tuple[tuple[int, ...], float, float, bool]] = {
 }
 _NAMES = list(STRUCTURES)
 _CORTEX = [_NAMES.index("cerebral cortex"), _NAMES.index("cerebellar cortex")]
+_WHITE = [_NAMES.index("cerebral white matter"), _NAMES.index("cerebellar white matter")]
 _FLUID = _NAMES.index("fluid around the brain")
 _SOFT_TISSUE = [i for i, (_, _, _, inside) in enumerate(STRUCTURES.values()) if not inside and i not in (0, _FLUID)]
 _SIZE = 1024
@@ -75,7 +76,8 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
     Voxel ``v`` of structure ``s`` is ``m_s + d_s n(v)`` with normal noise ``n``, the mean ``m_s`` and spread ``d_s`` drawn
     anew for every image, about the typical value of the modality or freely. At the pial surface cortex and fluid share
     voxels: those of the fluid that touch cortex are drawn as a random mixture of both and count as grey matter, which is
-    where manual protocols draw the border in images of 1 mm.
+    where manual protocols draw the border in images of 1 mm. Likewise cortex that touches enough white matter is drawn as a
+    mixture of the two and counts as white matter.
 
     Args:
         keys: label maps ``(1, D, H, W)`` with FreeSurfer's values (5xx outside the brain).
@@ -86,6 +88,10 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
         variation: standard deviation of the means about the typical ones.
         texture: largest spread within a structure.
         pial_mixture: least and largest share of fluid in the mixed voxels.
+        white_share: share of white matter in the 3^3 neighbourhood of a voxel of cortex above which it counts as white
+            matter; 1 leaves the border where the label map has it. The default puts the border where the experts of the
+            MICCAI 2012 multi-atlas set draw it: at about half of the step in T1 from cortex to white matter.
+        white_mixture: least and largest share of white matter in those mixed voxels.
         prob_dark_air: probability that air is exactly zero, not noise.
 
     Raises:
@@ -106,6 +112,8 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
         variation: float = 0.05,
         texture: float = 0.09,
         pial_mixture: tuple[float, float] = (0.1, 1.0),
+        white_share: float = 0.28,
+        white_mixture: tuple[float, float] = (0.0, 0.6),
         prob_dark_air: float = 0.5,
     ) -> None:
         MapTransform.__init__(self, keys)
@@ -117,6 +125,7 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
         self.image_key, self.mask_key = image_key, mask_key
         self.prob_missing, self.prob_random = prob_missing, prob_random
         self.variation, self.texture, self.pial_mixture = variation, texture, pial_mixture
+        self.white_share, self.white_mixture = white_share, white_mixture
         self.prob_dark_air = prob_dark_air
 
     def randomize(self, data: Any = None) -> None:
@@ -136,6 +145,7 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
             spread[0] = 0.0 if self._dark_air else self.R.uniform(0, 0.03)
             self._contrast.append(None if missing == modality else (mean, spread))
         self._pial = self.R.uniform(*self.pial_mixture)
+        self._white = self.R.uniform(*self.white_mixture)
         self._seed = int(self.R.randint(2**31 - 1))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -158,11 +168,16 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
                 cortex |= structure == i
             rim = touching(cortex) & (structure == _FLUID)
             tissue = torch.where(rim, GM, tissue)
+            mixed = torch.zeros(structure.shape, dtype=torch.bool)
+            for grey, white in zip(_CORTEX, _WHITE, strict=True):
+                share = functional.avg_pool3d((structure == white)[None].float(), 3, 1, 1, count_include_pad=False)[0]
+                mixed |= (structure == grey) & (share > self.white_share)
+            tissue = torch.where(mixed, WM, tissue)
             generator = torch.Generator().manual_seed(self._seed)
             image = torch.zeros(2, *structure.shape)
             for channel, contrast in enumerate(self._contrast):
                 if contrast is not None:
-                    image[channel] = self._draw(structure, rim, contrast, generator)
+                    image[channel] = self._draw(structure, rim, mixed, contrast, generator)
             d[self.image_key] = image
             d[self.mask_key] = (_INSIDE[structure] | rim)[None]
             d[key] = tissue[None].to(torch.uint8)
@@ -172,6 +187,7 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
         self,
         structure: torch.Tensor,
         rim: torch.Tensor,
+        mixed: torch.Tensor,
         contrast: tuple[np.ndarray, np.ndarray],
         generator: torch.Generator,
     ) -> torch.Tensor:
@@ -179,6 +195,8 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
         image = mean[structure]
         share = (self._pial + 0.25 * torch.randn(int(rim.sum()), generator=generator)).clamp_(0, 1)
         image[rim] = share * mean[_FLUID] + (1 - share) * mean[_CORTEX[0]]
+        share = (self._white + 0.15 * torch.randn(int(mixed.sum()), generator=generator)).clamp_(0, 1)
+        image[mixed] = share * mean[_WHITE[0]] + (1 - share) * mean[_CORTEX[0]]
         # Blotches outside the brain: muscle, fat, sinuses and noise that the labels do not tell apart.
         blotches = torch.randn(1, 1, *(max(2, n // 8) for n in structure.shape), generator=generator)
         blotches = functional.interpolate(blotches, structure.shape, mode="trilinear", align_corners=True)[0, 0]

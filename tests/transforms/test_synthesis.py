@@ -86,7 +86,7 @@ def test_stripped_background_is_exactly_zero_in_image_and_label(head):
 
 
 def test_undeformed_labels_become_tissue_but_for_the_fluid_that_touches_cortex(head):
-    out = RandSynthesizeModalitiesd("label").set_random_state(seed=0)({"label": head})
+    out = RandSynthesizeModalitiesd("label", white_share=1.0).set_random_state(seed=0)({"label": head})
     expected = head.clone()
     for value in head.unique().tolist():
         expected[head == value] = FREESURFER_TISSUE[value]
@@ -94,6 +94,22 @@ def test_undeformed_labels_become_tissue_but_for_the_fluid_that_touches_cortex(h
     assert changed.any()
     assert torch.equal(changed[0], touching(head[0] == 3) & (head[0] == 24))
     assert (out["label"][changed] == 2).all()
+
+
+@pytest.mark.parametrize(("grey", "white"), [(3, 2), (42, 41), (8, 7)])
+def test_cortex_among_white_matter_counts_as_white_and_looks_between_the_two(grey, white):
+    labels = torch.full((1, 12, 12, 12), grey, dtype=torch.int16)
+    labels[:, :, :, 6:] = white
+    transform = RandSynthesizeModalitiesd(
+        "label", prob_missing=(0, 0), prob_random=(0, 0), texture=0.0, white_share=0.3, white_mixture=(0.5, 0.5)
+    )
+    out = transform.set_random_state(seed=0)({"label": labels})
+    # nine of a voxel's 27 neighbours are white in the first layer of cortex, none in the second
+    assert (out["label"][..., 5:] == 3).all() and (out["label"][..., :5] == 2).all()
+    t1 = out["image"][0].mean((0, 1))
+    assert t1[4] < t1[5] - 0.05 and t1[5] < t1[6] - 0.05
+    further = RandSynthesizeModalitiesd("label", white_share=0.34).set_random_state(seed=0)({"label": labels})
+    assert (further["label"][..., 5] == 2).all()
 
 
 def test_undeformed_patch_of_the_identity_is_the_map_itself(head):
