@@ -1,0 +1,87 @@
+"""Makes intensities of skull-stripped brains comparable, however the files were normalised before."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+__all__ = ["ScaleBraind", "scale_brain", "zero_background"]
+
+_N_SAMPLES = 200_000
+
+
+def zero_background(volume: torch.Tensor, share: float = 0.02) -> torch.Tensor:
+    """Shift a volume so that its least value is 0, and set its constant background to 0.
+
+    The background is the most frequent value on the volume's six faces: 0 in skull-stripped scans, another constant where
+    they were z-scored afterwards, as BraTS 2015 often is.
+
+    Args:
+        volume: ``(..., D, H, W)`` of one modality.
+        share: share of all voxels that must have the face's value; with less there is no constant background.
+
+    Returns:
+        The volume, least value 0; metadata stay.
+    """
+    values = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
+    faces = torch.cat([values.select(axis, i).flatten() for axis in (-1, -2, -3) for i in (0, -1)])
+    found, counts = faces.unique(return_counts=True)
+    background = values == found[counts.argmax()]
+    shifted = volume - values.min()
+    return shifted.masked_fill(background, 0) if float(background.float().mean()) >= share else shifted
+
+
+def scale_brain(
+    image: torch.Tensor, brain: torch.Tensor | None = None, median: float = 1 / 3, lower: float = 0.5
+) -> torch.Tensor:
+    """Map the brain's ``lower`` percentile to 0 and its median to ``median``, linearly, cut off at 0 and 1.
+
+    The median hardly depends on a tumour's size, as high percentiles do.
+
+    Args:
+        image: one modality ``(D, H, W)``, 0 outside the brain.
+        brain: the voxels to measure, bool of the same shape; those above 0 by default.
+        median: what the median becomes.
+        lower: the percentile that becomes 0.
+
+    Returns:
+        Values in [0, 1], exactly 0 where the image is 0; an image without brain stays as it is.
+    """
+    values = image[image > 0 if brain is None else brain]
+    values = values[:: max(1, len(values) // _N_SAMPLES)]
+    if len(values) == 0:
+        return image
+    low, middle = torch.quantile(values.float(), torch.tensor([lower / 100, 0.5], device=values.device))
+    low = low if middle > low else torch.zeros_like(low)
+    scaled = (image - low) * (median / (middle - low).clamp(min=1e-12))
+    return scaled.clamp_(0, 1).masked_fill_(image == 0, 0)
+
+
+class ScaleBraind(MapTransform):
+    """Scale every channel of skull-stripped images by :func:`scale_brain`; a missing (all-zero) one stays zero.
+
+    Args:
+        keys: the images, ``(C, D, H, W)``, 0 outside the brain and nowhere below (see :func:`zero_background`).
+        median: what the brain's median becomes.
+        lower: the percentile of the brain that becomes 0.
+    """
+
+    def __init__(self, keys: KeysCollection, median: float = 1 / 3, lower: float = 0.5) -> None:
+        super().__init__(keys)
+        self.median, self.lower = median, lower
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Scale in float32."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            image = d[key].clone()
+            channels = image.as_tensor() if isinstance(image, MetaTensor) else image
+            for channel in channels:
+                channel.copy_(scale_brain(channel, median=self.median, lower=self.lower))
+            d[key] = image
+        return d
