@@ -9,10 +9,10 @@ from memnet.transforms.intensity import ScaleBraind, scale_brain, zero_backgroun
 
 @pytest.fixture
 def brain() -> torch.Tensor:
-    """A ball of positive values in zeros, ``(1, 16, 16, 16)``."""
-    axis = torch.arange(16) - 7.5
-    ball = axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2 < 36
-    return (ball * (100 + 20 * torch.randn(16, 16, 16)).clamp(min=1))[None]
+    """A ball of positive values in zeros, ``(1, 32, 32, 32)``."""
+    axis = torch.arange(32) - 15.5
+    ball = axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2 < 169
+    return (ball * (100 + 20 * torch.randn(32, 32, 32)).clamp(min=1))[None]
 
 
 @pytest.mark.parametrize("normalise", [lambda x: 7 * x, lambda x: (x - x.mean()) / x.std(), "brain alone"])
@@ -35,7 +35,7 @@ def test_bright_tumour_does_not_move_the_rest(brain):
     changed = brain.clone()
     changed[0, 7:9, 7:9, 7:9] *= 10
     image = scale_brain(changed[0])
-    rest = torch.ones(16, 16, 16, dtype=torch.bool)
+    rest = torch.ones(32, 32, 32, dtype=torch.bool)
     rest[7:9, 7:9, 7:9] = False
     assert (image - expected)[rest].abs().max() < 0.01
     assert image.max() == 1
