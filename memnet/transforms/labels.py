@@ -1,4 +1,4 @@
-"""Maps of label values to tissue, and the transform that applies one and refuses values it does not know."""
+"""Maps of label values to classes, and the transform that applies one and refuses values it does not know."""
 
 from __future__ import annotations
 
@@ -10,10 +10,27 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-__all__ = ["BACKGROUND", "CSF", "FREESURFER_TISSUE", "GM", "ISEG_TISSUE", "LABEL_MAPS", "TISSUES", "WM", "MapTissued"]
+__all__ = [
+    "BACKGROUND",
+    "CSF",
+    "ENHANCING",
+    "FREESURFER_TISSUE",
+    "GM",
+    "ISEG_TISSUE",
+    "LABEL_MAPS",
+    "NECROTIC",
+    "OEDEMA",
+    "TISSUES",
+    "WM",
+    "MapLabelsd",
+    "brats_values",
+]
 
 BACKGROUND, CSF, GM, WM = range(4)
 TISSUES = {"CSF": CSF, "GM": GM, "WM": WM}
+
+# what BraTS calls the necrotic and non-enhancing core, the peritumoral oedema, the enhancing tumour
+NECROTIC, OEDEMA, ENHANCING = range(1, 4)
 
 ISEG_TISSUE = {0: BACKGROUND, 10: CSF, 150: GM, 250: WM}
 
@@ -36,46 +53,79 @@ LABEL_MAPS: dict[str, dict[int, int]] = {
     "freesurfer": FREESURFER_TISSUE,
     "iseg": ISEG_TISSUE,
     "tissue": {value: value for value in range(4)},
+    # enhancing tumour is 4 from 2017 to 2022, 3 from 2023 on
+    "brats": {0: BACKGROUND, 1: NECROTIC, 2: OEDEMA, 3: ENHANCING, 4: ENHANCING},
+    # until 2016: 1 necrosis, 3 core that does not enhance
+    "brats2015": {0: BACKGROUND, 1: NECROTIC, 2: OEDEMA, 3: NECROTIC, 4: ENHANCING},
+    # after treatment: 4 is the resection cavity
+    "brats2024": {0: BACKGROUND, 1: NECROTIC, 2: OEDEMA, 3: ENHANCING, 4: BACKGROUND},
+}
+
+# values that one file of a map cannot hold together, and what it is if it does
+_CONTRADICTIONS = {
+    "brats": ((3, 4), "label map of BraTS 2015 (--label_map brats2015) or of treated tumours (--label_map brats2024)?")
 }
 
 
-class MapTissued(MapTransform):
-    """Replace label values by tissue: 0 background, 1 CSF, 2 GM, 3 WM.
+class MapLabelsd(MapTransform):
+    """Replace label values by a network's classes.
 
     Args:
         keys: the label maps.
-        label_map: a map of label value to tissue, or the name of one of ``LABEL_MAPS``.
+        label_map: a map of label value to class, or the name of one of ``LABEL_MAPS``.
 
     Raises:
         ValueError: if the label map's name is unknown.
     """
 
-    def __init__(self, keys: KeysCollection, label_map: str | Mapping[int, int] = "freesurfer") -> None:
+    def __init__(self, keys: KeysCollection, label_map: str | Mapping[int, int]) -> None:
         super().__init__(keys)
+        self.never_together: tuple[int, ...] = ()
+        self.instead = ""
         if isinstance(label_map, str):
             if label_map not in LABEL_MAPS:
                 raise ValueError(f"label_map is {label_map!r}, expected one of {', '.join(LABEL_MAPS)}")
+            self.never_together, self.instead = _CONTRADICTIONS.get(label_map, ((), ""))
             label_map = LABEL_MAPS[label_map]
         # A config in JSON has keys that are strings.
-        self.label_map = {int(value): int(tissue) for value, tissue in label_map.items()}
+        self.label_map = {int(value): int(target) for value, target in label_map.items()}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Map ``(1, D, H, W)`` labels, keeping shape and dtype.
 
         Raises:
-            ValueError: if a label map holds values that are not in the map, naming them and the file.
+            ValueError: if a label map holds values that are not in the map, or contradict each other, naming them and
+                the file.
         """
         d = dict(data)
         for key in self.key_iterator(d):
             labels = torch.as_tensor(d[key])
+            source = d[key].meta.get("filename_or_obj", key) if isinstance(d[key], MetaTensor) else key
             values, inverse = torch.unique(labels, return_inverse=True)
-            unknown = [value for value in values.tolist() if value not in self.label_map]
+            found = values.tolist()
+            unknown = [value for value in found if value not in self.label_map]
             if unknown:
-                source = d[key].meta.get("filename_or_obj", key) if isinstance(d[key], MetaTensor) else key
                 shown = ", ".join(f"{value:g}" for value in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
                 known = ", ".join(str(value) for value in sorted(self.label_map))
                 raise ValueError(f"{source}: holds label values that the map does not know: {shown} (known: {known})")
-            tissue = torch.tensor([self.label_map[int(value)] for value in values.tolist()], device=labels.device)
-            mapped = tissue.to(labels.dtype)[inverse].reshape(labels.shape)
+            if self.never_together and set(self.never_together) <= set(found):
+                values_found = " and ".join(str(value) for value in self.never_together)
+                raise ValueError(f"{source}: holds label values {values_found} together; is it a {self.instead}")
+            target = torch.tensor([self.label_map[int(value)] for value in found], device=labels.device)
+            mapped = target.to(labels.dtype)[inverse].reshape(labels.shape)
             d[key] = MetaTensor(mapped, meta=d[key].meta) if isinstance(d[key], MetaTensor) else mapped
         return d
+
+
+def brats_values(enhancing: int = 4) -> dict[int, int]:
+    """Return the map of classes to the values that BraTS writes.
+
+    Args:
+        enhancing: value of the enhancing tumour: 4 until BraTS 2022, 3 from 2023 on.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if enhancing not in (3, 4):
+        raise ValueError(f"enhancing_label is {enhancing!r}, expected 4 (BraTS until 2022) or 3 (from 2023 on)")
+    return {BACKGROUND: 0, NECROTIC: 1, OEDEMA: 2, ENHANCING: enhancing}

@@ -4,12 +4,12 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from memnet.transforms.labels import FREESURFER_TISSUE, GM, ISEG_TISSUE, WM, MapTissued
+from memnet.transforms.labels import FREESURFER_TISSUE, GM, ISEG_TISSUE, WM, MapLabelsd
 
 
 def test_maps_iseg_values_and_keeps_shape_and_dtype():
     labels = torch.tensor([[0, 10], [150, 250]], dtype=torch.float32)[None]
-    out = MapTissued("label", "iseg")({"label": labels})["label"]
+    out = MapLabelsd("label", "iseg")({"label": labels})["label"]
     assert out.dtype == labels.dtype
     assert torch.equal(out, torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]))
 
@@ -29,14 +29,14 @@ def test_left_and_right_have_the_same_tissue():
 def test_unknown_values_are_refused_by_value_and_file():
     labels = MetaTensor(torch.tensor([[[0, 10, 77]]]), meta={"filename_or_obj": "case-label.nii.gz"})
     with pytest.raises(ValueError, match=r"case-label\.nii\.gz.*77"):
-        MapTissued("label", "iseg")({"label": labels})
+        MapLabelsd("label", "iseg")({"label": labels})
 
 
 def test_takes_a_map_with_the_string_keys_of_a_config():
-    out = MapTissued("label", {str(k): v for k, v in ISEG_TISSUE.items()})({"label": torch.full((1, 2, 2, 2), 150)})
+    out = MapLabelsd("label", {str(k): v for k, v in ISEG_TISSUE.items()})({"label": torch.full((1, 2, 2, 2), 150)})
     assert (out["label"] == GM).all()
 
 
 def test_unknown_map_is_refused():
     with pytest.raises(ValueError, match="'isegg'"):
-        MapTissued("label", "isegg")
+        MapLabelsd("label", "isegg")

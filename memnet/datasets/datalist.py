@@ -1,0 +1,51 @@
+"""Datalists in the format of the Medical Segmentation Decathlon."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from memnet.datasets.cases import Case
+
+__all__ = ["read_datalist"]
+
+
+def read_datalist(path: str | Path) -> dict[str, list[Case]]:
+    """Read a datalist in the format of the Medical Segmentation Decathlon.
+
+    Args:
+        path: JSON file with sections ``training``, ``validation``, ``test`` of ``{"image": ..., "label": ...}``; a file
+            name is relative to the JSON file's folder. ``image`` may be a list of the modalities, as in ``[T1, T2]``, in
+            which ``null`` marks one that the subject lacks. A section's entry may be the image's name alone.
+
+    Returns:
+        The sections, with absolute paths.
+
+    Raises:
+        ValueError: if the file is missing, is no JSON, or an entry has no image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such datalist file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(content, dict) or not any(k in content for k in ("training", "validation", "test")):
+        raise ValueError(f"{path}: expected an object with a section 'training', 'validation' or 'test'")
+
+    def absolute(name: Any) -> Any:
+        if isinstance(name, list):
+            return [absolute(n) for n in name]
+        return name if name is None else str((path.parent / name).absolute())
+
+    sections: dict[str, list[Case]] = {}
+    for section in ("training", "validation", "test"):
+        sections[section] = []
+        for entry in content.get(section, []):
+            case = {"image": entry} if isinstance(entry, (str, list)) else entry
+            if not isinstance(case, dict) or not case.get("image"):
+                raise ValueError(f"{path}: the entry {entry!r} of section {section!r} names no image")
+            sections[section].append({k: absolute(v) for k, v in case.items() if k in ("image", "label")})
+    return sections
