@@ -11,7 +11,7 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 class SenseOperator:
-    r"""SENSE encoding :math:`y_c = M F S_c x` with coil maps :math:`S_c`, sampling mask :math:`M` and Fourier transform :math:`F`.
+    r"""SENSE encoding :math:`y_c = M F S_c x`: coil maps :math:`S_c`, Fourier transform :math:`F`, sampling mask :math:`M`.
 
     :math:`F` is centred (the zero frequency and the image's centre lie at index ``n // 2``) and orthonormal, over the last
     ``fft_dims`` dimensions; further dimensions are slices, or the frames of a movie. Coil after coil is computed, so that no
@@ -19,7 +19,8 @@ class SenseOperator:
 
     Args:
         csm: complex coil maps ``(B, coils, *dims)``; a dimension of size 1 (frames) is broadcast. Constants: no gradient.
-        mask: which samples were taken, ``(B or 1, 1 or coils, *dims)``, bool or real in [0, 1]; dimensions of size 1 are broadcast.
+        mask: which samples were taken, ``(B or 1, 1 or coils, *dims)``, bool or real in [0, 1]; dimensions of size 1 are
+            broadcast.
         fft_dims: how many of the last dimensions are Fourier encoded.
 
     Raises:

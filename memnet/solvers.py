@@ -26,8 +26,8 @@ def conjugate_gradient(
 
     The ``unrolled`` gradient is that of the iterations as they ran, whether they converged or not; autograd keeps about four
     images an iteration, which a checkpoint around the solve makes passing. The ``implicit`` one is
-    :math:`\bar b = (N + \mu I)^{-1} \bar x`, :math:`\bar\mu = -\mathrm{Re}\, x^H \bar b` by the same iterations; it keeps the solution
-    alone, and is exact only as far as both solves converge.
+    :math:`\bar b = (N + \mu I)^{-1} \bar x`, :math:`\bar\mu = -\mathrm{Re}\, x^H \bar b` by the same iterations; it keeps
+    the solution alone, and is exact only as far as both solves converge.
 
     Args:
         normal: :math:`N`, linear, self-adjoint and positive semidefinite, as :meth:`memnet.SenseOperator.normal`.
