@@ -1,85 +1,153 @@
-"""Lists the scans to segment, pairing the modalities of a subject."""
+"""Lists the scans to segment, putting the modalities of a subject together."""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 from memnet.datasets import IMAGE_SUFFIXES, Case, as_list, existing_folder, read_datalist
 
-__all__ = ["find_scans"]
+__all__ = ["find_scans", "list_scans"]
 
-# "T1", "t1w", "T2w" ... standing alone in a file name: sub-01_T1w.nii.gz, subject-3-T2.hdr, t1.nii
-_MODALITY = re.compile(r"(?<![A-Za-z0-9])T([12])w?(?![A-Za-z0-9])", re.IGNORECASE)
+logger = logging.getLogger("memnet")
+
+# How file names tell a modality, standing alone in the name: sub-01_T1w.nii.gz, subject-3-T2.hdr, BraTS-GLI-00000-000-t2f,
+# sub-01_ce-gadolinium_T1w (BIDS). What stands first counts, of two that begin together the one above, so that T2_FLAIR is no T2.
+_NAMES = {
+    "FLAIR": r"(?:T2[-_]?)?FLAIR|T2F",
+    "T1c": r"T1(?:C|CE|GD|POST)|CE-[A-Z0-9]+_T1W?",
+    "T2": r"T2W?",
+    "T1": r"T1[WN]?",
+}
+_PATTERNS = {m: re.compile(rf"(?<![A-Z0-9])(?:{p})(?![A-Z0-9])", re.IGNORECASE) for m, p in _NAMES.items()}
 # files that lie beside the scans but are not scans
-_NOT_A_SCAN = re.compile(r"[-_.](label|seg|mask|tissue)$", re.IGNORECASE)
+_NOT_A_SCAN = re.compile(r"[-_.](label|seg|segm|mask|tissue|tumor)$", re.IGNORECASE)
+
+Files = str | Path | Sequence[str | Path] | None
+Row = list[Any]
 
 
 def find_scans(
-    image: str | Path | Sequence[str | Path] | None = None,
-    t1: str | Path | Sequence[str | Path] | None = None,
-    t2: str | Path | Sequence[str | Path] | None = None,
+    image: Files = None,
+    t1: Files = None,
+    t2: Files = None,
     dataset_dir: str | Path | None = None,
     datalist: str | Path | None = None,
     modality: Literal["T1", "T2"] = "T1",
     pattern: str = "*",
 ) -> list[Case]:
-    """List the scans to segment from whichever of the arguments is given.
+    """List scans of T1, T2 or both; see :func:`list_scans`.
 
     Args:
         image: one scan or several, each a subject with the single modality ``modality``.
         t1: T1 scan or scans; with ``t2`` the two lists are paired in order.
         t2: T2 scan or scans.
-        dataset_dir: a folder; a file named like ``x_T1.nii.gz`` is paired with ``x_T2.nii.gz``, a file whose name tells
-            no modality is a subject of its own. Subfolders are not searched.
+        dataset_dir: a folder; a file whose name tells no modality is a subject of its own. Subfolders are not searched.
         datalist: JSON file in the format of the Medical Segmentation Decathlon; ``image`` is a file or ``[T1, T2]``.
         modality: what a scan is when its name does not say.
         pattern: which file names of ``dataset_dir`` to take, as in ``"*_SS.nii.gz"``.
 
     Returns:
-        One ``{"image": [T1 or None, T2 or None], "output_name": name}`` a subject, names being unique; nothing where
-        nothing is given, see :func:`require_cases`.
+        One ``{"image": [T1 or None, T2 or None], "output_name": name}`` a subject.
 
     Raises:
         ValueError: if nothing is found, a file is missing, or two arguments contradict each other.
     """
-    if modality not in ("T1", "T2"):
-        raise ValueError(f"modality is {modality!r}, expected 'T1' or 'T2'")
-    given = {k for k, v in {"image": image, "t1 or t2": t1 or t2, "datalist": datalist}.items() if v}
+    return list_scans({"T1": t1, "T2": t2}, dataset_dir, datalist, modality, pattern, image)
+
+
+def list_scans(
+    files: Mapping[str, Files],
+    dataset_dir: str | Path | None = None,
+    datalist: str | Path | None = None,
+    modality: str | None = None,
+    pattern: str = "*",
+    image: Files = None,
+    subfolders: bool = False,
+) -> list[Case]:
+    """List the scans to segment from whichever of the arguments is given.
+
+    Args:
+        files: the modalities in the order of the channels, each with its file, or with its files of several subjects, or
+            with ``None``; the lists are put together in order.
+        dataset_dir: a folder; files whose names differ in the modality alone, as ``x_T1.nii.gz`` and ``x_T2.nii.gz``, are
+            one subject.
+        datalist: JSON file in the format of the Medical Segmentation Decathlon; ``image`` is a file or a list of all
+            modalities, ``null`` for a missing one.
+        modality: what a scan is when its name does not say; if ``None`` such a file of a folder is left out with a warning,
+            and refused elsewhere.
+        pattern: which file names of ``dataset_dir`` to take, as in ``"*_SS.nii.gz"``.
+        image: one scan or several, each a subject with a single modality: ``modality``, or else the one its name tells.
+        subfolders: search a folder's subfolders if it holds no scan itself, as BraTS has a folder a case.
+
+    Returns:
+        One ``{"image": [a file or None for each modality], "output_name": name}`` a subject, names being unique; nothing
+        where nothing is given, see :func:`memnet.datasets.require_cases`.
+
+    Raises:
+        ValueError: if nothing is found, a file is missing, or two arguments contradict each other.
+    """
+    names = list(files)
+    if modality is not None and modality not in names:
+        raise ValueError(f"modality is {modality!r}, expected {' or '.join(repr(name) for name in names)}")
+    lists = {name: as_list(value) for name, value in files.items()}
+    flags = " or ".join(name.lower() for name in names)
+    given = {k for k, v in {"image": image, flags: any(lists.values()), "datalist": datalist}.items() if v}
     if len(given) > 1:
         raise ValueError(f"{' and '.join(sorted(given))} are given together; give one of them")
     if image:
-        pairs = [_as_pair(path, modality) for path in as_list(image)]
-    elif t1 or t2:
-        first, second = as_list(t1), as_list(t2)
-        if first and second and len(first) != len(second):
-            raise ValueError(f"t1 names {len(first)} files and t2 names {len(second)}; they are paired one to one")
-        pairs = [[a, b] for a, b in zip(first or [None] * len(second), second or [None] * len(first), strict=True)]
+        rows = [_row(path, names, modality) for path in as_list(image)]
+    elif any(lists.values()):
+        rows = _side_by_side(lists)
     elif datalist:
         sections = read_datalist(datalist)
         cases = sections.get("test") or sections.get("validation") or sections.get("training") or []
-        pairs = [_as_pair(case["image"], modality) for case in cases]
+        rows = [_row(case["image"], names, modality) for case in cases]
     elif dataset_dir:
-        pairs = _pair_folder(existing_folder(dataset_dir, "a folder with NIfTI files"), modality, pattern)
+        rows = _search(existing_folder(dataset_dir, "a folder with NIfTI files"), names, modality, pattern, subfolders)
     else:
         return []
-    for path in (p for pair in pairs for p in pair if p is not None):
+    for path in (p for row in rows for p in row if p is not None):
         if not Path(path).exists():
             raise ValueError(f"{path}: no such file")
-    if not pairs:
+    if not rows:
         raise ValueError(f"{datalist}: lists no image")
-    return [{"image": pair, "output_name": name} for pair, name in zip(pairs, _unique_names(pairs), strict=True)]
+    return [{"image": row, "output_name": name} for row, name in zip(rows, _unique_names(rows), strict=True)]
 
 
-def _as_pair(image: str | Path | Sequence[Any], modality: str) -> list[Any]:
+def _side_by_side(lists: Mapping[str, list[Any]]) -> list[Row]:
+    counts = {name.lower(): len(paths) for name, paths in lists.items() if paths}
+    for (a, n), (b, m) in combinations(counts.items(), 2):
+        if n != m:
+            raise ValueError(f"{a} names {n} files and {b} names {m}; they are paired one to one")
+    n_subjects = max(counts.values())
+    return [list(row) for row in zip(*(paths or [None] * n_subjects for paths in lists.values()), strict=True)]
+
+
+def _row(image: str | Path | Sequence[Any], names: list[str], modality: str | None) -> Row:
     if isinstance(image, (str, Path)):
-        return [image, None] if modality == "T1" else [None, image]
-    pair = list(image)
-    if not 1 <= len(pair) <= 2 or all(p is None for p in pair):
-        raise ValueError(f"{image!r}: expected one file or the two modalities [T1, T2], got {len(pair)}")
-    return pair if len(pair) == 2 else _as_pair(pair[0], modality)
+        found = modality or _tell_modality(_stem(image), names)[0]
+        if found is None:
+            raise ValueError(f"{image}: its name tells none of {', '.join(names)}; name it by --modality")
+        return [image if name == found else None for name in names]
+    row = list(image)
+    if len(row) not in (1, len(names)) or all(p is None for p in row):
+        wanted = f"one file or the {len(names)} modalities [{', '.join(names)}]"
+        raise ValueError(f"{image!r}: expected {wanted}, got {len(row)}")
+    return row if len(row) == len(names) else _row(row[0], names, modality)
+
+
+def _tell_modality(stem: str, names: list[str]) -> tuple[str | None, str]:
+    """Return the modality that a file's name tells, and what of the name is left to tell the subject."""
+    found = {name: match for name, p in _PATTERNS.items() if name in names and (match := p.search(stem))}
+    if not found:
+        return None, stem
+    name = min(found, key=lambda name: found[name].start())
+    return name, stem[: found[name].start()] + "\0" + stem[found[name].end() :]
 
 
 def _stem(path: str | Path) -> str:
@@ -87,34 +155,41 @@ def _stem(path: str | Path) -> str:
     return next((name[: -len(s)] for s in (*IMAGE_SUFFIXES, ".img") if name.lower().endswith(s)), Path(name).stem)
 
 
-def _pair_folder(folder: Path, modality: str, pattern: str) -> list[list[Any]]:
-    files = [
-        f
-        for f in sorted(folder.glob(pattern))
-        if f.is_file() and f.name.lower().endswith(IMAGE_SUFFIXES) and not f.name.startswith(".")
-    ]
-    subjects: dict[str, list[Any]] = {}
-    for file in files:
-        stem = _stem(file)
-        if _NOT_A_SCAN.search(stem):
-            continue
-        match = _MODALITY.search(stem)
-        channel = int(match[1]) - 1 if match else ("T1", "T2").index(modality)
-        key = stem[: match.start()] + "\0" + stem[match.end() :] if match else stem
-        pair = subjects.setdefault(key, [None, None])
-        if pair[channel] is not None:
-            raise ValueError(f"{file}: a second file of the same subject and modality as {pair[channel]}")
-        pair[channel] = str(file)
-    if not subjects:
+def _search(folder: Path, names: list[str], modality: str | None, pattern: str, subfolders: bool) -> list[Row]:
+    rows = _put_together(folder, names, modality, pattern)
+    if not rows and subfolders:
+        for subfolder in sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")):
+            rows += _put_together(subfolder, names, modality, pattern)
+    if not rows:
+        where = "its subfolders were searched, too" if subfolders else "subfolders are not searched"
         raise ValueError(
-            f"{folder}: no scan found (looked for {pattern} ending in {', '.join(IMAGE_SUFFIXES)}; "
-            "subfolders are not searched)"
+            f"{folder}: no scan found (looked for {pattern} ending in {', '.join(IMAGE_SUFFIXES)}"
+            f"{'' if modality else ', with ' + ' or '.join(names) + ' in the name'}; {where})"
         )
+    return rows
+
+
+def _put_together(folder: Path, names: list[str], modality: str | None, pattern: str) -> list[Row]:
+    subjects: dict[str, Row] = {}
+    for file in sorted(folder.glob(pattern)):
+        stem = _stem(file)
+        is_image = file.is_file() and file.name.lower().endswith(IMAGE_SUFFIXES) and not file.name.startswith(".")
+        if not is_image or _NOT_A_SCAN.search(stem):
+            continue
+        told, subject = _tell_modality(stem, names)
+        if (told or modality) is None:
+            logger.warning("%s: left out, its name tells none of %s", file, ", ".join(names))
+            continue
+        channel = names.index(told or str(modality))
+        row = subjects.setdefault(subject, [None] * len(names))
+        if row[channel] is not None:
+            raise ValueError(f"{file}: a second file of the same subject and modality as {row[channel]}")
+        row[channel] = str(file)
     return list(subjects.values())
 
 
-def _unique_names(pairs: Sequence[Sequence[Any]]) -> list[str]:
-    paths = [Path(next(p for p in pair if p is not None)).absolute() for pair in pairs]
+def _unique_names(rows: Sequence[Row]) -> list[str]:
+    paths = [Path(next(p for p in row if p is not None)).absolute() for row in rows]
     names = [_stem(path) for path in paths]
     if len(set(names)) < len(names):
         # subject_1/T1.nii.gz, subject_2/T1.nii.gz: the folder tells them apart

@@ -153,7 +153,7 @@ def test_wrong_number_of_channels(tmp_path: Path, weights: Path, write_nifti: Ca
     scan = str(write_nifti("a.nii.gz", phantom()[0]))
     datalist = tmp_path / "d.json"
     datalist.write_text(json.dumps({"test": [{"image": [scan, scan, scan]}]}))
-    assert "expected one file or the two modalities" in refused("inference.json", datalist=str(datalist))
+    assert "expected one file or the 2 modalities" in refused("inference.json", datalist=str(datalist))
     options = {"image": scan, "ckpt_path": str(weights), "output_dir": str(tmp_path / "out")}
     assert "1 of another shape" in refused("inference.json", **options, **{"network_def#in_channels": 3})
 

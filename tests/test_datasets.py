@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from memnet.datasets import (
+    find_brats,
     find_evaluation_cases,
     find_iseg,
     find_training_cases,
@@ -18,7 +19,7 @@ from memnet.datasets import (
     require_cases,
     split_folds,
 )
-from memnet.scans import find_scans
+from memnet.scans import find_scans, list_scans
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -179,3 +180,133 @@ def test_datalist_entries_may_be_names(tmp_path: Path, write_nifti: Callable[...
     (tmp_path / "d.json").write_text('{"test": ["a.nii"]}')
     assert read_datalist(tmp_path / "d.json")["test"] == [{"image": str(tmp_path / "a.nii")}]
     assert names(find_scans(datalist=tmp_path / "d.json")) == [["a.nii", None]]
+
+
+BRATS = {
+    "BraTS20_Training": ("_t1", "_t1ce", "_t2", "_flair", "_seg"),
+    "BraTS-GLI": ("-t1n", "-t1c", "-t2w", "-t2f", "-seg"),
+}
+
+
+def touch_brats(folder: Path, *cases: str, suffix: str = ".nii.gz", without: str = "") -> None:
+    for case in cases:
+        endings = next(e for prefix, e in BRATS.items() if case.startswith(prefix))
+        touch(folder, *(f"{case}/{case}{e}{suffix}" for e in endings if f"{case}{e}" != without))
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize(
+    ("case", "endings"),
+    [("BraTS20_Training_001", BRATS["BraTS20_Training"]), ("BraTS-GLI-00000-000", BRATS["BraTS-GLI"])],
+)
+def test_brats_channels_come_in_order(tmp_path: Path, case: str, endings: tuple[str, ...], suffix: str) -> None:
+    touch_brats(tmp_path / "MICCAI_TrainingData" / "HGG", case, suffix=suffix)
+    touch(tmp_path, "MICCAI_TrainingData/name_mapping.csv")
+    (found,) = find_brats(tmp_path)
+    assert names([found]) == [[f"{case}{ending}{suffix}" for ending in endings[:4]]]
+    assert Path(found["label"]).name == f"{case}{endings[4]}{suffix}"
+
+
+def test_brats_labels_under_another_name(tmp_path: Path) -> None:
+    case = "BraTS20_Training_355"
+    touch_brats(tmp_path, case, suffix=".nii", without=f"{case}_seg")
+    touch(tmp_path, f"{case}/W39_1998.09.19_Segm.nii")
+    assert Path(find_brats(tmp_path)[0]["label"]).name == "W39_1998.09.19_Segm.nii"
+
+
+def test_brats_case_without_labels_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch_brats(tmp_path, "BraTS20_Training_001")
+    touch_brats(tmp_path, "BraTS20_Training_002", without="BraTS20_Training_002_seg")
+    assert len(find_brats(tmp_path)) == 1
+    assert "BraTS20_Training_002" in caplog.text
+
+
+def test_brats_names_case_and_missing_file(tmp_path: Path) -> None:
+    touch_brats(tmp_path, "BraTS20_Training_001", "BraTS20_Training_002", without="BraTS20_Training_002_t1ce")
+    with pytest.raises(ValueError, match=r"T1c of case BraTS20_Training_002 .*BraTS20_Training_002_t1ce\.nii\.gz"):
+        find_brats(tmp_path)
+    found = find_brats(tmp_path, allow_missing=True)
+    assert found[1]["image"][1] is None and found[1]["image"][0] is not None
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "without labels"])
+def test_brats_folder_without_cases(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "brats"
+    if kind != "absent":
+        folder.mkdir()
+    if kind == "without labels":
+        touch_brats(folder, "BraTS20_Training_001", without="BraTS20_Training_001_seg")
+    with pytest.raises(ValueError, match="but 1 without labels" if kind == "without labels" else "BraTS"):
+        find_training_cases(folder, layout="brats")
+
+
+def test_brats_split_is_fixed_and_eighty_to_twenty(tmp_path: Path) -> None:
+    touch_brats(tmp_path, *(f"BraTS20_Training_{k:03d}" for k in range(1, 31)))
+    split = find_training_cases(tmp_path, n_folds=5, layout="brats", seed=0)
+    assert [len(split["training"]), len(split["validation"])] == [24, 6]
+    assert split == find_training_cases(tmp_path, n_folds=5, layout="brats", seed=0)
+    assert split["validation"] == find_evaluation_cases(tmp_path, n_folds=5, layout="brats", seed=0)
+    assert split["validation"] != find_training_cases(tmp_path, n_folds=5, layout="brats", seed=1)["validation"]
+    folds = [find_evaluation_cases(tmp_path, n_folds=5, fold=k, layout="brats", seed=0) for k in range(5)]
+    assert len({case["label"] for fold in folds for case in fold}) == 30
+    assert set(split["training"][0]) == {"image", "label"}
+
+
+def test_time_points_of_a_patient_stay_together(tmp_path: Path) -> None:
+    touch_brats(tmp_path, *(f"BraTS-GLI-{k:05d}-{t:03d}" for k in range(10) for t in range(3)))
+    split = find_training_cases(tmp_path, n_folds=5, layout="brats", seed=0)
+    patients = {k: {Path(case["label"]).name[:15] for case in cases} for k, cases in split.items()}
+    assert len(patients["training"]) == 8 and len(patients["validation"]) == 2
+    assert not patients["training"] & patients["validation"]
+    touch_brats(tmp_path / "one", "BraTS-GLI-00000-000", "BraTS-GLI-00000-001")
+    with pytest.raises(ValueError, match="2 labelled cases of 1 patient found.*at least 2"):
+        find_training_cases(tmp_path / "one", layout="brats")
+
+
+FOUR = ("T1", "T1c", "T2", "FLAIR")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["BraTS20_Training_001_t1.nii", "BraTS20_Training_001_t1ce.nii", "BraTS20_Training_001_t2.nii",
+         "BraTS20_Training_001_flair.nii"],
+        ["BraTS-GLI-00000-000-t1n.nii.gz", "BraTS-GLI-00000-000-t1c.nii.gz", "BraTS-GLI-00000-000-t2w.nii.gz",
+         "BraTS-GLI-00000-000-t2f.nii.gz"],
+        ["sub-01_T1w.nii.gz", "sub-01_ce-gadolinium_T1w.nii.gz", "sub-01_T2w.nii.gz", "sub-01_FLAIR.nii.gz"],
+        ["T1.nii", "T1Gd.nii", "T2.nii", "T2_FLAIR.nii"],
+    ],
+    ids=["BraTS 2020", "BraTS-GLI", "BIDS", "plain"],
+)  # fmt: skip
+def test_four_modalities_are_told_by_their_names(tmp_path: Path, files: list[str]) -> None:
+    touch(tmp_path, *files, "x_seg.nii.gz", "W39_1998.09.19_Segm.nii", f"{files[3].split('.')[0]}_tumor.nii.gz")
+    assert names(list_scans(dict.fromkeys(FOUR), dataset_dir=tmp_path)) == [files]
+
+
+def test_scans_in_a_folder_a_case(tmp_path: Path) -> None:
+    touch_brats(tmp_path, "BraTS20_Training_001", "BraTS20_Training_002", without="BraTS20_Training_002_t1")
+    found = list_scans(dict.fromkeys(FOUR), dataset_dir=tmp_path, subfolders=True)
+    assert [row[0] for row in names(found)] == ["BraTS20_Training_001_t1.nii.gz", None]
+    with pytest.raises(ValueError, match="subfolders are not searched"):
+        list_scans(dict.fromkeys(FOUR), dataset_dir=tmp_path)
+
+
+def test_unnamed_modality_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "a_flair.nii", "brain.nii")
+    assert names(list_scans(dict.fromkeys(FOUR), dataset_dir=tmp_path)) == [[None, None, None, "a_flair.nii"]]
+    assert "brain.nii" in caplog.text
+    with pytest.raises(ValueError, match="--modality"):
+        list_scans(dict.fromkeys(FOUR), image=tmp_path / "brain.nii")
+    assert names(list_scans(dict.fromkeys(FOUR), image=tmp_path / "brain.nii", modality="T2"))[0][2] == "brain.nii"
+    datalist = tmp_path / "d.json"
+    datalist.write_text('{"test": [["a_flair.nii", "brain.nii"]]}')
+    with pytest.raises(ValueError, match=r"the 4 modalities \[T1, T1c, T2, FLAIR\], got 2"):
+        list_scans(dict.fromkeys(FOUR), datalist=datalist)
+
+
+def test_flags_put_modalities_together(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii", "b.nii", "c.nii")
+    a, b, c = (str(tmp_path / f"{x}.nii") for x in "abc")
+    assert names(list_scans({**dict.fromkeys(FOUR), "T1c": a, "FLAIR": b})) == [[None, "a.nii", None, "b.nii"]]
+    with pytest.raises(ValueError, match="t1c names 1 files and flair names 2"):
+        list_scans({**dict.fromkeys(FOUR), "T1c": a, "FLAIR": [b, c]})

@@ -65,14 +65,14 @@ def find_brats(dataset_dir: str | Path, allow_missing: bool = False) -> list[Cas
         patient = _PATIENT.fullmatch(name)
         cases.append({"image": image, "label": label, "patient": patient[1] if patient else name})
     if not cases:
-        found = f"{len(unlabelled)} cases without labels" if unlabelled else "no case"
+        found = f"but {len(unlabelled)} without labels" if unlabelled else "nor one without labels"
         raise ValueError(
             f"{folder}: no labelled BraTS case found, {found} (looked for NAME/NAME_seg.nii.gz beside NAME_t1, _t1ce, _t2 "
             "and _flair, or NAME/NAME-seg.nii.gz beside NAME-t1n, -t1c, -t2w and -t2f); give --dataset_dir the folder "
             "with the training cases, or --datalist FILE.json for other data"
         )
     if unlabelled:
-        logger.warning("%s: %d cases without labels are left out, %s first", folder, len(unlabelled), unlabelled[0])
+        logger.warning("%s: cases without labels are left out (%d, %s first)", folder, len(unlabelled), unlabelled[0])
     return cases
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from memnet.transforms.labels import FREESURFER_TISSUE, GM, ISEG_TISSUE, WM, MapLabelsd
+from memnet.transforms.labels import FREESURFER_TISSUE, GM, ISEG_TISSUE, WM, MapLabelsd, brats_values
 
 
 def test_maps_iseg_values_and_keeps_shape_and_dtype():
@@ -40,3 +40,19 @@ def test_takes_a_map_with_the_string_keys_of_a_config():
 def test_unknown_map_is_refused():
     with pytest.raises(ValueError, match="'isegg'"):
         MapLabelsd("label", "isegg")
+
+
+def test_brats_editions_map_to_the_same_classes_and_back():
+    label = torch.tensor([0, 1, 2, 4])[None]
+    assert MapLabelsd("label", "brats")({"label": label})["label"].tolist() == [[0, 1, 2, 3]]
+    assert MapLabelsd("label", "brats")({"label": label.clamp(max=3)})["label"].tolist() == [[0, 1, 2, 3]]
+    assert MapLabelsd("label", "brats2015")({"label": torch.arange(5)[None]})["label"].tolist() == [[0, 1, 2, 1, 3]]
+    assert MapLabelsd("label", brats_values(4))({"label": torch.arange(4)[None]})["label"].tolist() == [[0, 1, 2, 4]]
+    with pytest.raises(ValueError, match="enhancing_label is 5"):
+        brats_values(5)
+
+
+def test_values_of_two_editions_in_one_file_are_refused():
+    labels = MetaTensor(torch.arange(5)[None], meta={"filename_or_obj": "case_seg.nii.gz"})
+    with pytest.raises(ValueError, match=r"case_seg\.nii\.gz.* 3 and 4 together.*brats2015"):
+        MapLabelsd("label", "brats")({"label": labels})
