@@ -1,11 +1,11 @@
-"""Loads one or two MRI modalities as the channels of one image, scales them and leaves some out in training."""
+"""Loads MRI modalities as the channels of one image, scales them and leaves some out in training."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -24,6 +24,9 @@ from monai.utils import GridSampleMode, GridSamplePadMode
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from memnet.transforms.grids import file_grid, grid_of, require_one_grid, same_grid
+from memnet.transforms.intensity import zero_background
+
 __all__ = [
     "KeepLogitsd",
     "LoadModalitiesd",
@@ -37,11 +40,12 @@ __all__ = [
 MODALITIES = ("T1", "T2")
 
 
-def read_volume(path: str | Path) -> MetaTensor:
+def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
     """Read a 3D volume and refuse what no later step could use.
 
     Args:
         path: NIfTI (.nii, .nii.gz), Analyze (.hdr or .img) or another single-volume format of nibabel.
+        constant: take a volume whose voxels are all the same, such as the label map of a healthy brain.
 
     Returns:
         ``(1, D, H, W)`` float32 with the file's affine (mm, RAS+).
@@ -70,7 +74,7 @@ def read_volume(path: str | Path) -> MetaTensor:
     not_finite = int(values.size - np.isfinite(values).sum())
     if not_finite:
         raise ValueError(f"{path}: {not_finite} of {values.size} voxels are NaN or infinite; replace them first")
-    if values.size == 0 or values.min() == values.max():
+    if values.size == 0 or (values.min() == values.max() and not constant):
         value = values.flat[0] if values.size else "missing"
         raise ValueError(f"{path}: every voxel is {value}; there is nothing to see in it")
     affine = np.asarray(image.affine, dtype=np.float64)
@@ -81,46 +85,80 @@ def read_volume(path: str | Path) -> MetaTensor:
 
 
 class LoadModalitiesd(MapTransform):
-    """Load a T1, a T2 or both into one image whose channel is all zero where a modality is missing.
+    """Load the modalities of a subject into one image whose channel is all zero where a modality is missing.
 
-    A second modality is resampled onto the first one's grid by their affines.
+    The image has the grid of the first modality that is there; another one's grid may differ only with ``resample``.
 
     Args:
-        keys: the entries to load: a file (taken as the first modality) or a list of files, ``None`` for a missing one.
+        keys: the entries to load: a list of a file for each modality, ``None`` for a missing one; or one file.
         modalities: the channels' names, in order.
         name_key: an entry that gives the output's name where file names would collide; optional in the data.
+        lone: which modality a file is that comes alone; ``None`` refuses one.
+        resample: resample modalities of other grids by the affines, trilinearly, rather than refuse them.
+        strip_background: shift each modality so that its constant background is 0 and nothing is less, see
+            :func:`memnet.transforms.intensity.zero_background`.
+        shown: the modality to draw label maps over; its file is the metadata's ``shown``, unless it is missing or has
+            another grid.
 
     Raises:
         ValueError: naming the file or the entry that cannot be used; see :func:`read_volume`.
     """
 
     def __init__(
-        self, keys: KeysCollection, modalities: Sequence[str] = MODALITIES, name_key: str = "output_name"
+        self,
+        keys: KeysCollection,
+        modalities: Sequence[str] = MODALITIES,
+        name_key: str = "output_name",
+        lone: str | None = "T1",
+        resample: bool = True,
+        strip_background: bool = False,
+        shown: str | None = None,
     ) -> None:
         super().__init__(keys)
         self.modalities = tuple(modalities)
-        self.name_key = name_key
+        for name in (lone, shown):
+            if name is not None and name not in self.modalities:
+                raise ValueError(f"modality is {name!r}, expected one of {', '.join(self.modalities)}")
+        self.name_key, self.lone, self.resample, self.shown = name_key, lone, resample, shown
+        self.strip_background = strip_background
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the files by a ``(n_modalities, D, H, W)`` image."""
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = self._load(d[key])
+            d[key] = self._load(self._paths(d[key]))
             if self.name_key in d:
                 d[key].meta["output_name"] = d[self.name_key]
         return d
 
-    def _load(self, entry: Any) -> MetaTensor:
+    def _paths(self, entry: Any) -> list[Any]:
         paths = [entry] if isinstance(entry, (str, Path)) else list(entry)
-        if not 1 <= len(paths) <= len(self.modalities) or all(p is None for p in paths):
-            raise ValueError(f"{entry!r}: expected 1 to {len(self.modalities)} files ({', '.join(self.modalities)})")
-        volumes = [None if p is None else read_volume(p) for p in paths]
-        first = next(v for v in volumes if v is not None)
+        names = ", ".join(self.modalities)
+        if len(paths) not in (1, len(self.modalities)) or all(p is None for p in paths):
+            raise ValueError(
+                f"{entry!r}: expected one file or {len(self.modalities)} ({names}, null for a missing one)"
+            )
+        if len(paths) == len(self.modalities):
+            return paths
+        if self.lone is None:
+            raise ValueError(
+                f"{paths[0]}: which of {names} is it? Give --modality, or a list of {len(self.modalities)}"
+            )
+        return [paths[0] if name == self.lone else None for name in self.modalities]
+
+    def _load(self, paths: list[Any]) -> MetaTensor:
+        volumes = {i: read_volume(path) for i, path in enumerate(paths) if path is not None}
+        first = next(iter(volumes.values()))
+        if not self.resample:
+            require_one_grid([(str(paths[i]), grid_of(volume)) for i, volume in volumes.items()])
         image = torch.zeros(len(self.modalities), *first.shape[1:])
-        for channel, volume in enumerate(volumes):
-            if volume is not None:
-                image[channel] = _onto_grid(volume, first)[0]
+        for channel, volume in volumes.items():
+            shifted = cast(MetaTensor, zero_background(volume)) if self.strip_background else volume
+            image[channel] = _onto_grid(shifted, first)[0]
         meta = {k: v for k, v in first.meta.items() if k != "affine"}
+        shown = volumes.get(self.modalities.index(self.shown)) if self.shown else None
+        if shown is not None and same_grid(grid_of(shown), grid_of(first)):
+            meta["shown"] = shown.meta["filename_or_obj"]
         return MetaTensor(image, affine=first.affine, meta=meta)
 
 
@@ -129,16 +167,25 @@ class LoadVolumed(MapTransform):
 
     Args:
         keys: the entries to load, a file each.
+        grid_key: an image loaded before, on whose file's grid the volumes must be; ``None`` allows any grid.
+        constant: see :func:`read_volume`.
+
+    Raises:
+        ValueError: naming the file that cannot be used.
     """
 
-    def __init__(self, keys: KeysCollection) -> None:
+    def __init__(self, keys: KeysCollection, grid_key: str | None = None, constant: bool = False) -> None:
         super().__init__(keys)
+        self.grid_key, self.constant = grid_key, constant
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the files by ``(1, D, H, W)`` volumes."""
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = read_volume(d[key])
+            d[key] = read_volume(d[key], self.constant)
+            if self.grid_key is not None:
+                both = (d[self.grid_key], d[key])
+                require_one_grid([(v.meta["filename_or_obj"], file_grid(v)) for v in both])
         return d
 
 
@@ -247,8 +294,7 @@ class KeepLogitsd(MapTransform):
 
 
 def _onto_grid(volume: MetaTensor, reference: MetaTensor) -> torch.Tensor:
-    same = volume.shape == reference.shape and torch.allclose(volume.affine, reference.affine, atol=1e-4)
-    if same:
+    if same_grid(grid_of(volume), grid_of(reference)):
         return volume.as_tensor()
     resample = SpatialResample(mode=GridSampleMode.BILINEAR, padding_mode=GridSamplePadMode.ZEROS)
     moved = torch.as_tensor(resample(volume, dst_affine=reference.affine, spatial_size=reference.shape[1:]))

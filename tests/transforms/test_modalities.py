@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import phantom
 from monai.data import MetaTensor
+from monai.transforms import Orientation
 
 from memnet.transforms.modalities import (
     KeepLogitsd,
     LoadModalitiesd,
+    LoadVolumed,
     RandDropModalityd,
     ScaleModalitiesd,
     ToSpacingd,
@@ -53,6 +55,73 @@ def test_second_modality_is_moved_onto_the_first_ones_grid(write_nifti: Callable
     image = LoadModalitiesd("image")({"image": paths})["image"]
     # every other slice of the coarser volume falls on one of the finer
     torch.testing.assert_close(image[1, 1:24:2], image[0, 1:24:2], atol=1e-2, rtol=1e-3)
+
+
+FOUR = ("T1", "T1c", "T2", "FLAIR")
+
+
+def test_channels_of_four_modalities(write_nifti: Callable[..., Path]) -> None:
+    paths = [write_nifti(f"{k}.nii.gz", phantom(seed=k)[0]) for k in range(4)]
+    load = LoadModalitiesd("image", FOUR, lone=None, shown="FLAIR")
+    image = load({"image": [None, paths[1], None, paths[3]]})["image"]
+    assert [bool(channel.any()) for channel in image] == [False, True, False, True]
+    assert torch.equal(image[3], read_volume(paths[3])[0])
+    assert image.meta["filename_or_obj"] == str(paths[1]) and image.meta["shown"] == str(paths[3])
+    with pytest.raises(ValueError, match="3.nii.gz: which of T1, T1c, T2, FLAIR"):
+        load({"image": str(paths[3])})
+    alone = LoadModalitiesd("image", FOUR, lone="FLAIR")({"image": str(paths[3])})["image"]
+    assert alone[3].any() and not alone[:3].any()
+    with pytest.raises(ValueError, match="expected one file or 4"):
+        load({"image": paths[:2]})
+
+
+@pytest.mark.parametrize("kind", ["shape", "voxel size", "orientation", "origin"])
+def test_the_file_of_another_grid_is_named(write_nifti: Callable[..., Path], kind: str) -> None:
+    t1 = phantom()[0]
+    odd = t1[:-1] if kind == "shape" else t1
+    affine = {
+        "shape": np.eye(4),
+        "voxel size": np.diag([1.0, 1, 1.01, 1]),
+        "orientation": np.array([[-1, 0, 0, 19.0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+        "origin": np.array([[1, 0, 0, 0.2], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]),
+    }[kind]
+    # the first differs from the other two
+    paths = [write_nifti("odd.nii.gz", odd, affine), *(write_nifti(f"{k}.nii.gz", t1) for k in (1, 2)), None]
+    with pytest.raises(
+        ValueError, match=r"odd\.nii\.gz: its grid .* differs from that of .*1\.nii\.gz.*--resample true"
+    ):
+        LoadModalitiesd("image", FOUR, resample=False)({"image": paths})
+    assert LoadModalitiesd("image", FOUR)({"image": paths})["image"].shape == (4, *odd.shape)
+
+
+def test_rounding_of_affines_is_no_other_grid(write_nifti: Callable[..., Path]) -> None:
+    t1 = phantom()[0]
+    paths = [write_nifti("a.nii", t1), write_nifti("b.nii", t1, np.diag([1.0001, 1, 1, 1]))]
+    image = LoadModalitiesd("image", resample=False)({"image": paths})["image"]
+    assert torch.equal(image[0], image[1])
+
+
+def test_label_map_of_another_grid_is_refused(write_nifti: Callable[..., Path]) -> None:
+    t1, _, labels = phantom()
+    image = LoadModalitiesd("image")({"image": str(write_nifti("a.nii", t1))})["image"]
+    here, there = write_nifti("here.nii", labels), write_nifti("there.nii", labels, np.diag([1.0, 1, 1.2, 1]))
+    turned = Orientation("LPS", labels=None)(ToSpacingd("image", 2.0)({"image": image})["image"])
+    load = LoadVolumed("label", grid_key="image")
+    assert load({"image": turned, "label": str(here)})["label"].shape == (1, *labels.shape)
+    with pytest.raises(ValueError, match=r"there\.nii: its grid .* differs from that of .*a\.nii"):
+        load({"image": turned, "label": str(there)})
+    empty = write_nifti("empty.nii", np.zeros_like(labels))
+    assert not LoadVolumed("label", constant=True)({"label": str(empty)})["label"].any()
+
+
+def test_background_other_than_zero_is_taken_off_before_resampling(write_nifti: Callable[..., Path]) -> None:
+    t1 = phantom((24, 24, 24))[0]
+    scored = (t1 - t1.mean()) / t1.std()
+    paths = [write_nifti("a.nii", t1), write_nifti("b.nii", scored[4:-4], np.array(
+        [[1, 0, 0, 4.0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))]  # fmt: skip
+    image = LoadModalitiesd("image", strip_background=True)({"image": paths})["image"]
+    assert image[1][torch.from_numpy(t1) == 0].max() < 1e-3 * image[1].max()
+    assert torch.corrcoef(image[:, 4:-4].flatten(1))[0, 1] > 0.999
 
 
 def test_scaling_fills_the_unit_range_and_leaves_a_missing_channel(recwarn: pytest.WarningsRecorder) -> None:
