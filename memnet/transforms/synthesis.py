@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from memnet.transforms.labels import FREESURFER_TISSUE, GM, WM
 
-__all__ = ["STRUCTURES", "RandSynthesizeModalitiesd"]
+__all__ = ["STRUCTURES", "RandSynthesizeModalitiesd", "structures", "textured", "touching"]
 
 # What is drawn with one intensity: FreeSurfer's values, typical T1 and T2 intensity (brightest tissue = 1), whether it is
 # inside the brain. T1 as seen in healthy adults at 1 mm, T2 as in turbo spin echo.
@@ -157,12 +157,9 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             labels = torch.as_tensor(d[key])[0].long()
-            values = torch.bincount(labels.clamp(0, _SIZE - 1).flatten(), minlength=_SIZE).nonzero().flatten()
-            unknown = [int(v) for v in values if _TISSUE[v] < 0] + ([int(labels.min())] if labels.min() < 0 else [])
-            if unknown:
-                raise ValueError(f"{key}: holds label values that are no FreeSurfer structure: {unknown}")
+            structure = structures(labels, key)
             self.randomize()
-            structure, tissue = _STRUCTURE[labels], _TISSUE[labels]
+            tissue = _TISSUE[labels]
             cortex = torch.zeros(structure.shape, dtype=torch.bool)
             for i in _CORTEX:
                 cortex |= structure == i
@@ -197,14 +194,7 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
         image[rim] = share * mean[_FLUID] + (1 - share) * mean[_CORTEX[0]]
         share = (self._white + 0.15 * torch.randn(int(mixed.sum()), generator=generator)).clamp_(0, 1)
         image[mixed] = share * mean[_WHITE[0]] + (1 - share) * mean[_CORTEX[0]]
-        # Blotches outside the brain: muscle, fat, sinuses and noise that the labels do not tell apart.
-        blotches = torch.randn(1, 1, *(max(2, n // 8) for n in structure.shape), generator=generator)
-        blotches = functional.interpolate(blotches, structure.shape, mode="trilinear", align_corners=True)[0, 0]
-        outer = torch.zeros(len(mean))
-        outer[_SOFT_TISSUE] = 0.15
-        image += outer[structure] * blotches
-        image += spread[structure] * torch.randn(structure.shape, generator=generator)
-        return image.abs_() if float(spread[0]) > 0 else image.clamp_(min=0)
+        return textured(image, structure, spread, generator)
 
     def _typical_means(self, modality: int) -> np.ndarray:
         mean = np.array([values[1 + modality] for values in STRUCTURES.values()], dtype=np.float64)
@@ -235,6 +225,51 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
         mean = np.where(look >= 2, tissue[3] + position * (tissue[2] - tissue[3]), mean)
         mean = np.where(look == 0, self.R.uniform(0.0, 1.3, len(mean)), mean)
         return (mean + self.R.normal(0, self.variation * 0.6, len(mean))).clip(0.02, 1.6)
+
+
+def structures(labels: torch.Tensor, name: Hashable = "label") -> torch.Tensor:
+    """Return the place in :data:`STRUCTURES` of each label.
+
+    Args:
+        labels: FreeSurfer's values, ``(D, H, W)`` of any integer type.
+        name: what an error calls the map.
+
+    Returns:
+        ``(D, H, W)`` int64.
+
+    Raises:
+        ValueError: if values are no FreeSurfer structure, naming them.
+    """
+    labels = labels.long()
+    values = torch.bincount(labels.clamp(0, _SIZE - 1).flatten(), minlength=_SIZE).nonzero().flatten()
+    unknown = [int(v) for v in values if _TISSUE[v] < 0] + ([int(labels.min())] if labels.min() < 0 else [])
+    if unknown:
+        raise ValueError(f"{name}: holds label values that are no FreeSurfer structure: {unknown}")
+    return _STRUCTURE[labels]
+
+
+def textured(
+    image: torch.Tensor, structure: torch.Tensor, spread: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Add normal noise of each structure's spread, and blotches outside the brain, in place.
+
+    Args:
+        image: means of the structures, ``(D, H, W)``.
+        structure: places in :data:`STRUCTURES`, ``(D, H, W)``.
+        spread: standard deviation of each structure; that of air decides whether air is noise or exactly 0.
+        generator: where the noise is drawn from.
+
+    Returns:
+        The image, nowhere below 0.
+    """
+    # Blotches outside the brain: muscle, fat, sinuses and noise that the labels do not tell apart.
+    blotches = torch.randn(1, 1, *(max(2, n // 8) for n in structure.shape), generator=generator)
+    blotches = functional.interpolate(blotches, structure.shape, mode="trilinear", align_corners=True)[0, 0]
+    outer = torch.zeros(len(spread))
+    outer[_SOFT_TISSUE] = 0.15
+    image += outer[structure] * blotches
+    image += spread[structure] * torch.randn(structure.shape, generator=generator)
+    return image.abs_() if float(spread[0]) > 0 else image.clamp_(min=0)
 
 
 def touching(mask: torch.Tensor) -> torch.Tensor:
