@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,15 +70,18 @@ class OrthogonalMixing(nn.Module):
 
     def __init__(self, channels: int, size: int, transposed: bool = False) -> None:
         super().__init__()
-        step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2.0)
-        haar = torch.ones(1, 1, dtype=torch.float64)
+        # On the CPU even under another default device, the meta device has no QR.
+        exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], **exact) / math.sqrt(2.0)
+        haar = torch.ones(1, 1, **exact)
         for _ in range(size.bit_length() - 1):
             haar = torch.kron(step, haar)
         reflections, _ = torch.geqrf(haar)  # LAPACK's QR: the Householder vectors stand below the diagonal
-        vectors = (reflections.tril(-1) + torch.eye(size, dtype=torch.float64)).T[: size - 1]
+        vectors = (reflections.tril(-1) + torch.eye(size, **exact)).T[: size - 1]
         # Reversed, for the transpose of QR's Q: its rows, not its columns, are the Haar transform's up to signs.
         vectors = vectors.flip(0)
-        self.vectors = nn.Parameter(vectors.float().repeat(channels, 1, 1))
+        vectors = vectors.to(torch.get_default_device(), torch.float32)
+        self.vectors = nn.Parameter(vectors.repeat(channels, 1, 1))
         self.transposed = transposed
 
     def matrix(self) -> torch.Tensor:

@@ -25,6 +25,7 @@ class Measurement(NamedTuple):
 
     Attributes:
         network: its name, and ``+ VAE`` where the variational branch trains too.
+        parameters: their number, the variational branch's apart.
         memory: the memory strategy.
         patch: side of the cubic patch, voxels.
         precision: ``float32``, or ``bfloat16`` for autocast.
@@ -33,6 +34,7 @@ class Measurement(NamedTuple):
     """
 
     network: str
+    parameters: int
     memory: str
     patch: int
     precision: str
@@ -51,6 +53,8 @@ def measure(
 ) -> Measurement:
     """Measure a training step (forward pass, loss, backward pass) at batch size 1, two channels in and four classes out.
 
+    The networks have as many parameters as the baseline, within 10 %.
+
     Args:
         network: ``baseline``, ``partially`` or ``fully``.
         memory: a memory strategy; the network's own default where None.
@@ -64,9 +68,8 @@ def measure(
         ValueError: the network does not know the strategy.
     """
     torch.manual_seed(0)
-    net = segmentation_network(network, spatial_dims=3, in_channels=2, out_channels=4, memory=memory, vae=vae).to(
-        device
-    )
+    net = segmentation_network(network, True, spatial_dims=3, in_channels=2, out_channels=4, memory=memory, vae=vae)
+    net.to(device)
     image = torch.rand(1, 2, patch, patch, patch, device=device)
     label = torch.randint(0, 4, (1, 1, patch, patch, patch), device=device)
     loss = InvResLoss()
@@ -81,24 +84,24 @@ def measure(
     peak = peak_live_bytes(step, net.parameters(), device)
     times = [_timed(step, net, device) for _ in range(steps)]
     name = f"{type(net).__name__}{' + VAE' if vae else ''}"
-    return Measurement(
-        name, str(net.memory), patch, precision, peak, statistics.median(times) if times else float("nan")
-    )
+    size = sum(p.numel() for key, p in net.named_parameters() if not key.startswith("vae."))
+    seconds = statistics.median(times) if times else float("nan")
+    return Measurement(name, size, str(net.memory), patch, precision, peak, seconds)
 
 
 def table(measurements: Sequence[Measurement]) -> str:
     """Return a markdown table; ratios are to the first row of the same patch and precision."""
     lines = [
-        "| network | `memory` | patch | precision | peak, MiB | to the first | time to the first |",
-        "|---|---|---|---|---|---|---|",
+        "| network | parameters, M | `memory` | patch | precision | peak, MiB | to the first | time to the first |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     first: dict[tuple[int, str], Measurement] = {}
     for m in measurements:
         reference = first.setdefault((m.patch, m.precision), m)
         pace = m.seconds / reference.seconds
         lines.append(
-            f"| {m.network} | {m.memory} | {m.patch}^3 | {m.precision} | {m.peak / 2**20:.0f} | {m.peak / reference.peak:.2f} "
-            f"| {'-' if math.isnan(pace) else f'{pace:.2f}'} |"
+            f"| {m.network} | {m.parameters / 1e6:.2f} | {m.memory} | {m.patch}^3 | {m.precision} | {m.peak / 2**20:.0f} "
+            f"| {m.peak / reference.peak:.2f} | {'-' if math.isnan(pace) else f'{pace:.2f}'} |"
         )
     return "\n".join(lines)
 

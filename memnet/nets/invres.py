@@ -1,5 +1,7 @@
 """Partially and fully invertible residual U-Nets for volumetric segmentation."""
 
+from collections.abc import Sequence
+
 import torch
 from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv, Pool
@@ -28,7 +30,8 @@ class FullyInvResUNet(SegmentationNetwork):
         out_channels: number of classes, background included.
         channels: channels at full resolution, both streams together; even.
         n_levels: resolutions; the input is padded inside to a multiple of ``2^(n_levels - 1)``.
-        n_couplings: couplings at each level, in the encoder and again in the decoder.
+        n_couplings: couplings at each level, in the encoder and again in the decoder; one number for all levels, or one
+            for each, the finest first.
         share_down: share of the channels that goes down; with 1/4 in 3D (1/2 in 2D) the channels double a level.
         downsampling: ``learned`` (orthogonal, Haar at first) or ``shuffle``.
         memory: see :class:`memnet.Chain`; may be set on the network at any time.
@@ -49,7 +52,7 @@ class FullyInvResUNet(SegmentationNetwork):
         out_channels: int = 2,
         channels: int = 32,
         n_levels: int = 4,
-        n_couplings: int = 2,
+        n_couplings: int | Sequence[int] = 2,
         share_down: float = 0.25,
         downsampling: str = "learned",
         memory: Memory = "invert",
@@ -61,8 +64,7 @@ class FullyInvResUNet(SegmentationNetwork):
             raise ValueError(f"share_down must be in (0, 1], got {share_down}")
         if downsampling not in ("learned", "shuffle"):
             raise ValueError(f"downsampling must be learned or shuffle, got {downsampling!r}")
-        if n_couplings < 1:
-            raise ValueError(f"n_couplings must be at least 1, got {n_couplings}")
+        counts = _couplings_per_level(n_couplings, n_levels)
         streams = [channels // 2]
         downs = []
         for _ in range(n_levels - 1):
@@ -70,19 +72,20 @@ class FullyInvResUNet(SegmentationNetwork):
             streams.append(downs[-1] * 2**spatial_dims)
         super().__init__(spatial_dims, in_channels, out_channels, n_levels, vae, 2 * streams[-1])
 
-        def couplings(width: int) -> list[Invertible]:
+        def couplings(width: int, count: int) -> list[Invertible]:
             def branch() -> nn.Module:
                 return norm_act_conv(spatial_dims, width, width)
 
-            return [AdditiveCoupling(branch(), branch()) for _ in range(n_couplings)]
+            return [AdditiveCoupling(branch(), branch()) for _ in range(count)]
 
         learned = downsampling == "learned"
+        levels = list(zip(streams, downs, counts, strict=False))
         blocks: list[Invertible] = []
-        for width, down in zip(streams, downs, strict=False):
-            blocks += [*couplings(width), InvertibleDownsample(spatial_dims, width, down, learned, n_streams=2)]
-        blocks += [*couplings(streams[-1]), Tap(n_streams=2)]
-        for width, down in reversed(list(zip(streams, downs, strict=False))):
-            blocks += [InvertibleUpsample(spatial_dims, width, down, learned, n_streams=2), *couplings(width)]
+        for width, down, count in levels:
+            blocks += [*couplings(width, count), InvertibleDownsample(spatial_dims, width, down, learned, n_streams=2)]
+        blocks += [*couplings(streams[-1], counts[-1]), Tap(n_streams=2)]
+        for width, down, count in reversed(levels):
+            blocks += [InvertibleUpsample(spatial_dims, width, down, learned, n_streams=2), *couplings(width, count)]
         conv = Conv[Conv.CONV, spatial_dims]
         self.stem = conv(in_channels, channels, 3, padding=1)
         self.split = ChannelSplit()
@@ -112,7 +115,8 @@ class PartiallyInvResUNet(SegmentationNetwork):
         out_channels: number of classes, background included.
         channels: channels at full resolution, doubled at each level; even.
         n_levels: resolutions.
-        n_couplings: couplings at each level, in the encoder and again in the decoder.
+        n_couplings: couplings at each level, in the encoder and again in the decoder; one number for all levels, or one
+            for each, the finest first.
         memory: see :class:`memnet.Chain`.
         vae: add the variational branch in training.
 
@@ -130,28 +134,28 @@ class PartiallyInvResUNet(SegmentationNetwork):
         out_channels: int = 2,
         channels: int = 32,
         n_levels: int = 4,
-        n_couplings: int = 2,
+        n_couplings: int | Sequence[int] = 2,
         memory: Memory = "invert",
         vae: bool = False,
     ) -> None:
         if channels < 4 or channels % 2 != 0:
             raise ValueError(f"channels must be even and at least 4, got {channels}")
-        if n_couplings < 1:
-            raise ValueError(f"n_couplings must be at least 1, got {n_couplings}")
+        counts = _couplings_per_level(n_couplings, n_levels)
         widths = level_widths(channels, n_levels)
         super().__init__(spatial_dims, in_channels, out_channels, n_levels, vae, widths[-1])
 
-        def level(width: int) -> Chain:
+        def level(width: int, count: int) -> Chain:
             def branch() -> nn.Module:
                 return norm_act_conv(spatial_dims, width // 2, width // 2)
 
-            couplings = [AdditiveCoupling(branch(), branch()) for _ in range(n_couplings)]
+            couplings = [AdditiveCoupling(branch(), branch()) for _ in range(count)]
             return Chain([ChannelSplit(), *couplings, ChannelMerge()])
 
         conv = Conv[Conv.CONV, spatial_dims]
         self.stem = conv(in_channels, channels, 3, padding=1)
         self.pool = Pool[Pool.MAX, spatial_dims](2)
-        self.encoder = nn.ModuleList([level(width) for width in widths])
+        levels = list(zip(widths, counts, strict=True))
+        self.encoder = nn.ModuleList([level(width, count) for width, count in levels])
         self.widen = nn.ModuleList(
             [
                 Convolution(spatial_dims, a, b, norm=("instance", {"affine": True}))
@@ -159,7 +163,7 @@ class PartiallyInvResUNet(SegmentationNetwork):
             ]
         )
         self.narrow = nn.ModuleList([conv(b, a, 1) for a, b in zip(widths, widths[1:], strict=False)][::-1])
-        self.decoder = nn.ModuleList([level(width) for width in widths[-2::-1]] if n_levels > 1 else [])
+        self.decoder = nn.ModuleList([level(width, count) for width, count in levels[-2::-1]] if n_levels > 1 else [])
         self.head = conv(channels, out_channels, 1)
         self.memory = memory
 
@@ -180,3 +184,12 @@ class PartiallyInvResUNet(SegmentationNetwork):
             x = skip + functional.interpolate(narrow(x), size=skip.shape[2:], mode=mode, align_corners=False)
             x = level.plain([x])[0] if torch.jit.is_scripting() else level(x)
         return [self.head(x), deepest]
+
+
+def _couplings_per_level(n_couplings: int | Sequence[int], n_levels: int) -> list[int]:
+    counts = [n_couplings] * n_levels if isinstance(n_couplings, int) else list(n_couplings)
+    if len(counts) != n_levels or min(counts, default=1) < 1:
+        raise ValueError(
+            f"n_couplings must be at least 1, one number or one for each of {n_levels} levels, got {n_couplings}"
+        )
+    return counts

@@ -50,7 +50,7 @@ def test_parity_under_autocast(network, autocast):
         {"share_down": 1.0},
         {"downsampling": "shuffle"},
         {"n_levels": 1},
-        {"n_couplings": 3},
+        {"n_couplings": (1, 3, 2)},
         {"channels": 10},
     ],
 )
@@ -183,6 +183,7 @@ def test_wrong_input_is_refused(network, sizes):
         ({"channels": 2}, "got 2"),
         ({"n_levels": 0}, "got 0"),
         ({"n_couplings": 0}, "got 0"),
+        ({"n_couplings": (2, 2)}, r"each of 4 levels, got \(2, 2\)"),
         ({"out_channels": 0}, "got 0"),
         ({"spatial_dims": 4}, "got 4"),
     ],
