@@ -9,26 +9,25 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from memnet.metrics import tissue_volumes
-from memnet.transforms.labels import TISSUES
+from memnet.legends import Legend
+from memnet.metrics import label_volumes
 
-__all__ = ["TISSUE_COLOURS", "draw_overlay"]
+__all__ = ["draw_overlay"]
 
-# apart for the colour-blind and on grey: blue, orange, pale yellow
-TISSUE_COLOURS = {"CSF": "#3b8fd4", "GM": "#e8743b", "WM": "#f6e8a6"}
 _BACKGROUND = "#101216"
 _MARGIN_MM = 12.0
 
 
-def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path) -> None:
-    """Draw axial, coronal and sagittal planes of a scan, alone above and with its tissue labels below.
+def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path, legend: Legend) -> None:
+    """Draw axial, coronal and sagittal planes of a scan, alone above and with its labels below.
 
-    The planes pass through the middle of the labelled tissue, left is left, and the legend gives volumes in ml.
+    The planes pass through the middle of what is labelled, left is left, and the legend gives volumes in ml.
 
     Args:
         scan: the 3D image that was segmented.
-        labels: its label map on the same grid, 1 CSF, 2 GM, 3 WM.
+        labels: its label map on the same grid.
         target: PNG file to write; complete or absent.
+        legend: what the labels are.
     """
     # here, since drawing is optional and the import slow
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,12 +35,20 @@ def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path) -> No
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    image, tissue, affine = _canonical(scan), _canonical(labels), nib.load(labels).affine
-    voxel = np.array(tissue.header.get_zooms()[:3], dtype=float)
-    segmentation = np.asarray(tissue.dataobj).reshape(tissue.shape[:3]).astype(np.uint8)
+    image, label_map, affine = _canonical(scan), _canonical(labels), nib.load(labels).affine
+    voxel = np.array(label_map.header.get_zooms()[:3], dtype=float)
+    values = np.asarray(label_map.dataobj).reshape(label_map.shape[:3]).astype(np.uint8)
+    # classes by their place in the legend, so that a colour map counts them
+    segmentation = np.zeros_like(values)
+    for place, (of_class, _) in enumerate(legend.classes.values(), 1):
+        segmentation[np.isin(values, of_class)] = place
     intensities = np.asarray(image.dataobj, dtype=np.float32).reshape(segmentation.shape)
     window = np.percentile(intensities[intensities > intensities.min()], (0.5, 99.5))
-    middle, box = _middle_and_box(segmentation if segmentation.any() else intensities > window.mean(), voxel)
+    found = segmentation > 0 if segmentation.any() else intensities > window.mean()
+    middle, box = _middle(found), _box(intensities > window[0] if legend.is_lesion else found, voxel)
+    if not legend.is_lesion:
+        # a little off the midline, where a sagittal plane shows more than the fissure
+        middle[0] = min(found.shape[0] - 1, middle[0] + int(round(9 / voxel[0])))
 
     planes = []
     for name, axis in (("axial", 2), ("coronal", 1), ("sagittal", 0)):
@@ -57,7 +64,7 @@ def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path) -> No
     grid = figure.add_gridspec(
         2, 3, width_ratios=widths, left=0.01, right=0.99, top=0.93, bottom=0.09, wspace=0.02, hspace=0.02
     )
-    colours = ListedColormap([TISSUE_COLOURS[name] for name in TISSUES])
+    colours = ListedColormap([colour for _, colour in legend.classes.values()])
     for row in range(2):
         for column, (name, region, sides) in enumerate(planes):
             axes = figure.add_subplot(grid[row, column])
@@ -68,15 +75,17 @@ def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path) -> No
             )
             if row == 1:
                 part = np.ma.masked_equal(segmentation[region].T, 0)
-                axes.imshow(part, cmap=colours, vmin=0.5, vmax=3.5, alpha=0.6, interpolation="nearest", **frame)
+                axes.imshow(
+                    part, cmap=colours, vmin=0.5, vmax=colours.N + 0.5, alpha=0.6, interpolation="nearest", **frame
+                )
             else:
                 axes.set_title(name, color="white", fontsize=13, pad=6)
             ends = ("A", "P") if name == "sagittal" else ("R", "L")
             # canonical axes grow to the right, to the front and up
             for text, x, side in ((ends[1], 0.02, "left"), (ends[0], 0.98, "right")):
                 axes.text(x, 0.5, text, color="#b8c0cc", fontsize=11, ha=side, va="center", transform=axes.transAxes)
-    volumes = tissue_volumes(segmentation, affine)
-    handles = [Patch(color=TISSUE_COLOURS[name], label=f"{name}   {volumes[name]:.0f} ml") for name in TISSUES]
+    volumes = label_volumes(values, affine, {name: of_class for name, (of_class, _) in legend.classes.items()})
+    handles = [Patch(color=c, label=f"{name}   {volumes[name]:.0f} ml") for name, (_, c) in legend.classes.items()]
     figure.legend(
         handles=handles,
         loc="lower center",
@@ -101,15 +110,20 @@ def _canonical(path: str | Path) -> Any:
     return nib.funcs.as_closest_canonical(nib.funcs.squeeze_image(nib.load(path)))
 
 
-def _middle_and_box(mask: np.ndarray, voxel: np.ndarray) -> tuple[list[int], list[slice]]:
-    """Return the median voxel of a mask and its bounding box, grown by a margin."""
-    middle, box = [], []
-    for axis in range(3):
-        profile = mask.sum(tuple(a for a in range(3) if a != axis))
+def _profiles(mask: np.ndarray) -> list[np.ndarray]:
+    return [mask.sum(tuple(a for a in range(3) if a != axis)) for axis in range(3)]
+
+
+def _middle(mask: np.ndarray) -> list[int]:
+    """Return the median voxel of a mask."""
+    return [int(np.searchsorted(profile.cumsum(), profile.sum() / 2)) for profile in _profiles(mask)]
+
+
+def _box(mask: np.ndarray, voxel: np.ndarray) -> list[slice]:
+    """Return the bounding box of a mask, grown by a margin."""
+    box = []
+    for axis, profile in enumerate(_profiles(mask)):
         inside = np.flatnonzero(profile)
-        middle.append(int(np.searchsorted(profile.cumsum(), profile.sum() / 2)))
         margin = int(np.ceil(_MARGIN_MM / voxel[axis]))
         box.append(slice(max(0, int(inside[0]) - margin), min(mask.shape[axis], int(inside[-1]) + margin + 1)))
-    # a little off the midline, where a sagittal plane shows more than the fissure
-    middle[0] = min(mask.shape[0] - 1, middle[0] + int(round(9 / voxel[0])))
-    return middle, box
+    return box

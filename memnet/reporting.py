@@ -1,4 +1,4 @@
-"""Tells the person at the terminal how a run goes: files and tissue volumes, progress, image panels."""
+"""Tells the person at the terminal how a run goes: files and volumes, progress, image panels."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 
-from memnet.metrics import tissue_volumes
+from memnet.legends import LEGENDS
+from memnet.metrics import label_volumes
 from memnet.overlay import draw_overlay
-from memnet.transforms.labels import TISSUES
 
-__all__ = ["TissueReport", "TrainingProgress", "image_meta", "middle_planes"]
+__all__ = ["LabelReport", "TrainingProgress", "image_meta", "middle_planes"]
 
 logger = logging.getLogger("memnet")
 
 
-class TissueReport:
-    """Handler that reports each label map's file and tissue volumes, and draws its overlay if asked.
+class LabelReport:
+    """Handler that reports each label map's file and volumes, and draws its overlay if asked.
 
-    After the run ``tissue_volumes.csv`` in the output folder holds the volumes of all scans in ml.
+    After the run ``<legend>_volumes.csv`` in the output folder holds the volumes of all scans in ml.
 
     Args:
         output_dir: where the label maps are written.
+        legend: name of one of :data:`memnet.legends.LEGENDS`.
         overlay: write ``<label map>.png`` beside each label map.
     """
 
-    def __init__(self, output_dir: str | Path, overlay: bool = False) -> None:
+    def __init__(self, output_dir: str | Path, legend: str, overlay: bool = False) -> None:
         self.output_dir = Path(output_dir)
+        self.legend = LEGENDS[legend]
         self.overlay = overlay
         self.rows: list[dict[str, str | float]] = []
 
@@ -49,22 +51,22 @@ class TissueReport:
             meta = case["pred"].meta
             labels, scan = Path(str(meta["saved_to"])), Path(meta["filename_or_obj"])
             image = nib.load(labels)
-            volumes = tissue_volumes(np.asarray(image.dataobj), image.affine)
+            volumes = label_volumes(np.asarray(image.dataobj), image.affine, self.legend.volumes)
             logger.info("%s", scan)
             logger.info("  label map  %s", labels)
             if self.overlay:
                 picture = labels.with_name(labels.name.removesuffix(".gz").removesuffix(".nii") + ".png")
-                draw_overlay(scan, labels, picture)
+                draw_overlay(meta.get("shown", scan), labels, picture, self.legend)
                 logger.info("  overlay    %s", picture)
-            logger.info("  volumes    %s", ", ".join(f"{name} {volumes[name]:.1f} ml" for name in TISSUES))
+            logger.info("  volumes    %s", ", ".join(f"{name} {volume:.1f} ml" for name, volume in volumes.items()))
             if not any(volumes.values()):
-                logger.warning("  no brain tissue was found in this scan; look at it before using the result")
+                logger.warning("  %s", self.legend.nothing)
             self.rows.append({"file": str(scan), **{f"{name} [ml]": round(v, 3) for name, v in volumes.items()}})
 
     def _write_table(self, engine: Engine) -> None:
         if not self.rows:
             return
-        target = self.output_dir / "tissue_volumes.csv"
+        target = self.output_dir / f"{self.legend.name}_volumes.csv"
         partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
         with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
@@ -106,8 +108,8 @@ def middle_planes(*keys: str) -> Callable[[Sequence[dict[str, Any]]], Any]:
     """Return a transform that takes the middle axial plane of volumes, for TensorBoard.
 
     Args:
-        keys: entries ``(C, D, H, W)``; of an image the first channel that is not empty is shown, of one-hot classes
-            (more than two channels) the index of the largest.
+        keys: entries ``(C, D, H, W)``; of an image the first channel that is not empty is shown, of one-hot classes the
+            index of the class, of regions one within the other how many there are, both as shares of the largest.
 
     Returns:
         A function of decollated data to a list of ``(1, H, D)`` planes, or a tuple of such lists for several keys.
@@ -116,8 +118,10 @@ def middle_planes(*keys: str) -> Callable[[Sequence[dict[str, Any]]], Any]:
     def plane(volume: torch.Tensor) -> torch.Tensor:
         volume = torch.as_tensor(volume).detach().float()
         middle = volume[..., volume.shape[-1] // 2]
-        if middle.shape[0] > 2:
-            shown = middle.argmax(0) / (middle.shape[0] - 1)
+        n_channels = middle.shape[0]
+        if n_channels > 1 and bool(((middle == 0) | (middle == 1)).all()):
+            is_one_hot = bool((middle.sum(0) == 1).all())
+            shown = middle.argmax(0) / (n_channels - 1) if is_one_hot else middle.sum(0) / n_channels
         else:
             shown = next((c for c in middle if bool((c != 0).any())), middle[0])
         # x to the right, anterior up
