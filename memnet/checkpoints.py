@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ __all__ = ["TrainingCheckpoint", "WeightsLoader", "load_weights"]
 logger = logging.getLogger("memnet")
 
 
-def load_weights(network: nn.Module, path: str | Path, key: str = "model") -> None:
+def load_weights(network: nn.Module, path: str | Path, key: str = "model", may_miss: Sequence[str] = ()) -> None:
     """Load weights into a network, completely or not at all.
 
     Args:
         network: the network; one without the variational branch takes weights that have it.
         path: a ``state_dict`` saved by :func:`torch.save`, or a dictionary that has one under ``key``.
         key: see ``path``.
+        may_miss: beginnings of the names that the file need not have and that stay as they are, as ``"vae."`` where a
+            network with the variational branch goes on from weights without.
 
     Raises:
         ValueError: if the file is missing, is no weights file, or does not fit the network, naming what differs.
@@ -42,7 +45,8 @@ def load_weights(network: nn.Module, path: str | Path, key: str = "model") -> No
         raise ValueError(f"{path}: holds no dictionary of tensors")
     wanted = network.state_dict()
     spare = {k for k in weights if k.startswith("vae.")} if not any(k.startswith("vae.") for k in wanted) else set()
-    missing, unknown = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted) - spare)
+    missing = sorted(k for k in set(wanted) - set(weights) if not k.startswith(tuple(may_miss)))
+    unknown = sorted(set(weights) - set(wanted) - spare)
     reshaped = [k for k in wanted if k in weights and wanted[k].shape != weights[k].shape]
     if missing or unknown or reshaped:
         counts = f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(reshaped)} of another shape"
@@ -53,7 +57,7 @@ def load_weights(network: nn.Module, path: str | Path, key: str = "model") -> No
             f"{path}: these weights do not fit {type(network).__name__} ({counts}; e.g. {example[0]}); "
             "give the --network_name and the network_def settings that they were trained with"
         )
-    network.load_state_dict({k: v for k, v in weights.items() if k not in spare})
+    network.load_state_dict({**wanted, **{k: v for k, v in weights.items() if k not in spare}})
 
 
 class WeightsLoader:
@@ -62,11 +66,13 @@ class WeightsLoader:
     Args:
         load_path: file of weights.
         network: the network to fill.
+        may_miss: see :func:`load_weights`.
     """
 
-    def __init__(self, load_path: str | Path, network: nn.Module) -> None:
+    def __init__(self, load_path: str | Path, network: nn.Module, may_miss: Sequence[str] = ()) -> None:
         self.load_path = load_path
         self.network = network
+        self.may_miss = may_miss
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
@@ -74,7 +80,7 @@ class WeightsLoader:
 
     def __call__(self, engine: Engine) -> None:
         """Load."""
-        load_weights(self.network, self.load_path)
+        load_weights(self.network, self.load_path, may_miss=self.may_miss)
 
 
 class TrainingCheckpoint:

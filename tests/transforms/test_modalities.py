@@ -155,6 +155,14 @@ def test_one_modality_is_dropped_never_the_last() -> None:
     assert all(transform({"image": alone})["image"][1].all() for _ in range(20))
 
 
+def test_any_of_four_modalities_are_dropped_never_all() -> None:
+    transform = RandDropModalityd("image", prob=1.0)
+    transform.set_random_state(seed=0)
+    kept = [tuple(transform({"image": torch.ones(4, 2, 2, 2)})["image"][:, 0, 0, 0].tolist()) for _ in range(300)]
+    assert len(set(kept)) == 14
+    assert 0.3 < sum(sum(k) == 2 for k in kept) / 300 < 0.55
+
+
 def test_logits_are_kept() -> None:
     logits = torch.rand(4, 2, 2, 2)
     assert KeepLogitsd("pred")({"pred": (logits, torch.zeros(2))})["pred"] is logits
