@@ -9,11 +9,15 @@ import monai.networks.nets
 from memnet import nets
 from memnet.chain import Chain, Memory, set_memory
 from memnet.couplings import AdditiveCoupling, ChannelMerge, ChannelSplit
-from memnet.invertible import Invertible, Recorded
+from memnet.invertible import DriftError, Invertible, Recorded
 from memnet.losses import InvResLoss
-from memnet.nets import FullyInvResUNet, PartiallyInvResUNet, UNet3D
+from memnet.nets import FullyInvResUNet, MoDL, PartiallyInvResUNet, UNet3D
+from memnet.nets.modl import DataConsistency, Regularization, ResidualCNN
+from memnet.operators import SenseOperator
 from memnet.resampling import InvertibleDownsample, InvertibleUpsample, OrthogonalMixing, Tap
 from memnet.residual import InvertibleResidual
+from memnet.solvers import conjugate_gradient
+from memnet.tiles import run_in_tiles
 
 __version__ = "0.1.0"
 
@@ -22,6 +26,8 @@ __all__ = [
     "Chain",
     "ChannelMerge",
     "ChannelSplit",
+    "DataConsistency",
+    "DriftError",
     "FullyInvResUNet",
     "InvResLoss",
     "Invertible",
@@ -29,11 +35,17 @@ __all__ = [
     "InvertibleResidual",
     "InvertibleUpsample",
     "Memory",
+    "MoDL",
     "OrthogonalMixing",
     "PartiallyInvResUNet",
     "Recorded",
+    "Regularization",
+    "ResidualCNN",
+    "SenseOperator",
     "Tap",
     "UNet3D",
+    "conjugate_gradient",
+    "run_in_tiles",
     "set_memory",
 ]
 

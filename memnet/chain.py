@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from memnet.grid import as_stream, check_range, round_to_grid
-from memnet.invertible import Invertible, Recorded
+from memnet.invertible import DriftError, Invertible, Recorded
 from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
 
 __all__ = ["Chain", "Memory", "set_memory"]
@@ -38,10 +38,13 @@ class Chain(nn.ModuleList):
             :class:`memnet.Invertible` blocks.
         memory: the strategy; the attribute ``memory`` may be set at any time.
         segment: blocks between checkpoints under ``checkpoint``; the square root of their number where None.
+        on_drift: what ``invert`` does where an inverse that is only approximate leaves its tolerance: ``"raise"``, or
+            ``"rerun"`` the chain from its input, which is then kept, too, as ``recursive`` does.
 
     Raises:
-        ValueError: there are no blocks, ``memory`` is unknown or does not fit the blocks, ``segment`` is less than 1, or
-            blocks disagree on ``fraction_bits``.
+        ValueError: there are no blocks, ``memory`` is unknown or does not fit the blocks, ``segment`` is less than 1,
+            ``on_drift`` is unknown, or blocks disagree on ``fraction_bits``.
+        memnet.DriftError: at run time under ``invert``, see ``on_drift``.
         OverflowError: at run time under ``invert``, when a stream leaves the range of the grid (see :mod:`memnet.grid`).
 
     References:
@@ -51,18 +54,27 @@ class Chain(nn.ModuleList):
 
     __jit_unused_properties__ = ["memory"]
 
-    def __init__(self, blocks: Iterable[nn.Module], memory: Memory = "store", segment: int | None = None) -> None:
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        memory: Memory = "store",
+        segment: int | None = None,
+        on_drift: Literal["raise", "rerun"] = "raise",
+    ) -> None:
         super().__init__(blocks)
         if len(self) == 0:
             raise ValueError("a chain needs at least one block")
         if segment is not None and segment < 1:
             raise ValueError(f"segment must be at least 1, got {segment}")
+        if on_drift not in ("raise", "rerun"):
+            raise ValueError(f"on_drift must be 'raise' or 'rerun', got {on_drift!r}")
         grids = [block.fraction_bits for block in self if isinstance(block, Invertible | Chain)]
         bits = {bits for bits in grids if bits is not None}
         if len(bits) > 1:
             raise ValueError(f"the blocks of a chain must share one grid, got fraction_bits {sorted(bits)}")
         self.fraction_bits: int | None = bits.pop() if bits else None
         self.segment = segment
+        self.on_drift = on_drift
         self.memory = memory
 
     @property
@@ -86,7 +98,7 @@ class Chain(nn.ModuleList):
     def __getitem__(self, index: int | slice):
         """Return a block, or a chain of the sliced blocks."""
         if isinstance(index, slice):
-            return Chain(list(self)[index], self.memory, self.segment)
+            return Chain(list(self)[index], self.memory, self.segment, self.on_drift)
         return super().__getitem__(index)
 
     @torch.jit.unused
@@ -208,18 +220,28 @@ class _Invert(torch.autograd.Function):
         recorded = chain.record(*tensors[:n_state])
         ctx.chain, ctx.n_state, ctx.parameters = chain, n_state, parameters
         ctx.replays, ctx.n_outputs = recorded.replays, len(recorded.state)
-        ctx.save_for_backward(*recorded.state, *recorded.kept)
+        ctx.n_kept = len(recorded.kept)
+        inputs = tensors[:n_state] if chain.on_drift == "rerun" else ()
+        ctx.save_for_backward(*recorded.state, *recorded.kept, *inputs)
         return _owned(recorded.state, tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
         saved = ctx.saved_tensors
-        held = [Recorded(saved[: ctx.n_outputs], ctx.replays, saved[ctx.n_outputs :])]
+        kept, inputs = saved[ctx.n_outputs :][: ctx.n_kept], saved[ctx.n_outputs + ctx.n_kept :]
+        held = [Recorded(saved[: ctx.n_outputs], ctx.replays, kept)]
         # Unless the graph is retained, the chain holds the only reference to its outputs and frees them with its last block.
         ctx.maybe_clear_saved_tensors()
-        del saved
-        _, state_gradients, found = ctx.chain.pull_back(held.pop(), gradients)
+        del saved, kept
+        try:
+            _, state_gradients, found = ctx.chain.pull_back(held.pop(), gradients)
+        except DriftError:
+            replays = [replay for replay, _ in ctx.replays]
+            if not inputs or not all(isinstance(replay, Replay) for replay in replays):
+                raise
+            found = {}
+            state_gradients = _rerun_backward(replays, inputs, gradients, 1, found)
         return _needed(ctx, state_gradients, found)
 
 
@@ -285,7 +307,10 @@ def _checkpoint(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, 
     blocks = list(chain)
     current = tuple(state)
     for start in range(0, len(blocks), size):
-        current = _rerun(blocks[start : start + size], size, current)
+        if size == 1 and getattr(blocks[start], "recomputes", False):
+            current = _pack(blocks[start](*current))
+        else:
+            current = _rerun(blocks[start : start + size], size, current)
     return current
 
 

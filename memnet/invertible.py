@@ -8,7 +8,11 @@ from torch import nn
 
 from memnet.recompute import Gradients, Replay, replay_with_grad
 
-__all__ = ["Invertible", "Recorded"]
+__all__ = ["DriftError", "Invertible", "Recorded"]
+
+
+class DriftError(RuntimeError):
+    """An inverse that is only approximate has left its tolerance; the message says by how much."""
 
 
 class Recorded(NamedTuple):

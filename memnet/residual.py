@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from memnet.grid import FRACTION_BITS, add_on_grid, as_stream
-from memnet.invertible import Invertible, Recorded
+from memnet.invertible import DriftError, Invertible, Recorded
 
 __all__ = ["InvertibleResidual"]
 
@@ -26,7 +26,7 @@ class InvertibleResidual(Invertible):
 
     Raises:
         ValueError: ``max_iterations`` is less than 1.
-        RuntimeError: at run time, when the inverse has not reached the tolerance; the message says how far it got.
+        memnet.DriftError: at run time, when the inverse has not reached the tolerance; the message says how far it got.
 
     References:
         Invertible residual networks (Behrmann et al., 2019), https://arxiv.org/abs/1811.00995
@@ -78,7 +78,7 @@ class InvertibleResidual(Invertible):
                 break
             x = x + residual
         if not error <= tolerance:
-            raise RuntimeError(
+            raise DriftError(
                 f"InvertibleResidual: after {self.max_iterations} fixed-point iterations the inverse is still off by {error:.2e} "
                 f"of the largest value (tolerance {tolerance:.0e}). f is not contractive enough: constrain it (e.g. "
                 'torch.nn.utils.parametrizations.spectral_norm), raise max_iterations, or use memory="checkpoint".'

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,57 +10,55 @@ from torch.autograd.function import once_differentiable
 
 from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
 
-__all__ = ["Tiles"]
+__all__ = ["run_in_tiles"]
 
-Slices = tuple[slice, ...]
+Slices = tuple[Any, ...]  # of an ellipsis and slices
 
 
-class Tiles(nn.Module):
-    """Run a module whose output depends on a neighbourhood of the input alone in tiles, with the halo they need.
+def run_in_tiles(module: nn.Module, x: torch.Tensor, halo: int, size: Sequence[int]) -> torch.Tensor:
+    """Apply a module whose output depends on a neighbourhood of the input alone in tiles, with the halo they need.
 
-    Outputs and gradients are the module's own to rounding, at the image's border, too, where the module's padding acts.
-    Backpropagation keeps the input, and computes each tile again. Batch statistics or instance norm are no matter of a
+    Output and gradients are the module's own to rounding, at the image's border, too, where the module's padding acts.
+    Backpropagation keeps the input, and computes each tile again. Batch statistics and instance norm see more than a
     neighbourhood: a module that has them must not be tiled.
 
     Args:
         module: from ``(B, C, *dims)`` to ``(B, C', *dims)``.
-        halo: how far the neighbourhood reaches in each direction, voxels: the sum of the radii of its kernels.
-        size: voxels of a tile along each of the last ``len(size)`` dimensions, 0 for all; a tile that would be the last and
-            smaller than the halo joins the one before.
+        x: its input.
+        halo: how far the neighbourhood reaches in each direction, voxels: the sum of the radii of the module's kernels.
+        size: voxels of a tile along each of the last ``len(size)`` dimensions, 0 for all; a last tile that would be smaller
+            than the halo joins the one before.
+
+    Returns:
+        The module's output.
 
     Raises:
-        ValueError: ``halo`` or ``size`` is negative.
+        ValueError: ``halo`` or ``size`` is negative, or there are more sizes than dimensions.
     """
+    if halo < 0 or min(size, default=0) < 0 or len(size) > x.dim() - 2:
+        raise ValueError(
+            f"expected halo and up to {x.dim() - 2} sizes not to be negative, got {halo} and {tuple(size)}"
+        )
+    tiles = list(_tiles(x.shape, halo, size))
+    if len(tiles) == 1 or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return module(x)
+    parameters = list(module.parameters())
+    return _Tiled.apply(module, tiles, parameters, x, *parameters)
 
-    def __init__(self, module: nn.Module, halo: int, size: Sequence[int]) -> None:
-        super().__init__()
-        if halo < 0 or min(size, default=0) < 0:
-            raise ValueError(f"halo and size must not be negative, got {halo} and {tuple(size)}")
-        self.module = module
-        self.halo = halo
-        self.size = tuple(size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the module to ``(B, C, *dims)``."""
-        tiles = list(self._tiles(x.shape))
-        if len(tiles) == 1 or torch.jit.is_tracing() or torch.compiler.is_exporting():
-            return self.module(x)
-        parameters = list(self.module.parameters())
-        return _Tiled.apply(self.module, tiles, parameters, x, *parameters)
-
-    def _tiles(self, shape: Sequence[int]) -> Iterator[tuple[Slices, Slices, Slices]]:
-        """Yield the tile with its halo, the tile, and the tile's place in what the module makes of the first."""
-        ranges = []
-        for n, size in zip(shape[len(shape) - len(self.size) :], self.size, strict=True):
-            starts = list(range(0, n, size or n))
-            if len(starts) > 1 and n - starts[-1] < self.halo:
-                starts.pop()
-            ranges.append(list(zip(starts, [*starts[1:], n], [n] * len(starts), strict=True)))
-        for tile in itertools.product(*ranges):
-            outer = [slice(max(0, a - self.halo), min(n, b + self.halo)) for a, b, n in tile]
-            inner = [slice(a, b) for a, b, _ in tile]
-            place = [slice(a - o.start, b - o.start) for (a, b, _), o in zip(tile, outer, strict=True)]
-            yield (..., *outer), (..., *inner), (..., *place)  # type: ignore[misc]
+def _tiles(shape: Sequence[int], halo: int, size: Sequence[int]) -> Iterator[tuple[Slices, Slices, Slices]]:
+    """Yield each tile with its halo, the tile, and the tile's place in what the module makes of the first."""
+    ranges = []
+    for n, extent in zip(shape[len(shape) - len(size) :], size, strict=True):
+        starts = list(range(0, n, extent or n))
+        if len(starts) > 1 and n - starts[-1] < halo:
+            starts.pop()
+        ranges.append([(a, b, n) for a, b in zip(starts, [*starts[1:], n], strict=True)])
+    for tile in itertools.product(*ranges):
+        outer = [slice(max(0, a - halo), min(n, b + halo)) for a, b, n in tile]
+        inner = [slice(a, b) for a, b, _ in tile]
+        place = [slice(a - o.start, b - o.start) for (a, b, _), o in zip(tile, outer, strict=True)]
+        yield (..., *outer), (..., *inner), (..., *place)
 
 
 class _Tiled(torch.autograd.Function):

@@ -7,7 +7,18 @@ import torch
 from torch import nn
 
 from memnet.live_memory import peak_live_bytes
-from memnet.tiles import Tiles
+from memnet.tiles import _tiles, run_in_tiles
+
+
+class Tiles(nn.Module):
+    """A module that runs in tiles."""
+
+    def __init__(self, module: nn.Module, halo: int, size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.module, self.halo, self.size = module, halo, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return run_in_tiles(self.module, x, self.halo, self.size)
 
 
 def network(n_layers: int = 3, channels: int = 4, padding_mode: str = "replicate", spatial_dims: int = 2, *more):
@@ -65,7 +76,7 @@ def test_dropout_falls_on_the_same_places_in_the_repetition(float64):
     torch.manual_seed(1)
     (gradient,) = torch.autograd.grad(tiled(x).square().sum(), x)
     torch.manual_seed(1)
-    parts = [tiled.module(x[outer])[place] for outer, _, place in tiled._tiles(x.shape)]
+    parts = [tiled.module(x[outer])[place] for outer, _, place in _tiles(x.shape, 2, (6,))]
     (expected,) = torch.autograd.grad(torch.cat(parts, -1).square().sum(), x)
     torch.testing.assert_close(gradient, expected)
 
@@ -88,7 +99,7 @@ def test_one_tile_is_the_module_itself():
     assert torch.equal(Tiles(module, 3, (8, 0))(x), module(x))
 
 
-@pytest.mark.parametrize(("halo", "size"), [(-1, (4,)), (1, (-4,))])
-def test_negative_sizes_are_refused(halo, size):
-    with pytest.raises(ValueError, match="negative"):
-        Tiles(nn.Identity(), halo, size)
+@pytest.mark.parametrize(("halo", "size"), [(-1, (4,)), (1, (-4,)), (1, (4, 4, 4))])
+def test_sizes_that_make_no_sense_are_refused(halo, size):
+    with pytest.raises(ValueError, match="up to 2 sizes"):
+        run_in_tiles(nn.Identity(), torch.zeros(1, 1, 8, 8), halo, size)
