@@ -64,7 +64,7 @@ _TYPICAL = np.array(
 # Least and largest mean of a tumour's parts relative to white matter, for T1, T1c before contrast agent, T2, FLAIR.
 _RELATIVE = {
     NECROTIC: ((0.35, 0.85), (0.35, 0.9), (1.5, 2.8), (1.05, 2.0)),
-    OEDEMA: ((0.65, 0.95), (0.65, 0.98), (1.4, 2.4), (1.22, 2.2)),
+    OEDEMA: ((0.65, 0.95), (0.65, 0.98), (1.4, 2.4), (1.3, 2.2)),
     ENHANCING: ((0.6, 1.1), (1.12, 2.8), (1.2, 2.3), (1.05, 2.0)),
 }
 _CYST = (0.15, 0.9)  # of FLAIR, where necrosis is as dark as fluid
@@ -92,6 +92,7 @@ class RandSynthesizeTumord(RandomizableTransform, MapTransform):
             any set of them is, each modality with probability one half.
         variation: standard deviation of the structures' means about the typical ones.
         texture: largest spread within a structure.
+        tumor_texture: largest spread ``n`` within a part of the tumour.
 
     Raises:
         ValueError: if the probabilities exceed 1 or a modality is unknown.
@@ -106,6 +107,7 @@ class RandSynthesizeTumord(RandomizableTransform, MapTransform):
         modality_sets: Sequence[tuple[float, Sequence[str]]] = ((0.3, MODALITIES), (0.35, ("T1c", "FLAIR"))),
         variation: float = 0.04,
         texture: float = 0.07,
+        tumor_texture: float = 0.2,
     ) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, 1.0)
@@ -116,7 +118,7 @@ class RandSynthesizeTumord(RandomizableTransform, MapTransform):
                 raise ValueError(f"modality_sets names {list(names)}, expected some of {', '.join(MODALITIES)}")
         self.tumor_key, self.image_key, self.mask_key = tumor_key, image_key, mask_key
         self.modality_sets = tuple((float(p), tuple(names)) for p, names in modality_sets)
-        self.variation, self.texture = variation, texture
+        self.variation, self.texture, self.tumor_texture = variation, texture, tumor_texture
 
     def randomize(self, data: Any = None) -> None:
         """Draw which modalities there are and the means and spreads of structures and tumour in each."""
@@ -149,9 +151,9 @@ class RandSynthesizeTumord(RandomizableTransform, MapTransform):
             if part == NECROTIC and bleeding:
                 relative[:2] = self.R.uniform(*_BLEEDING)
             self._parts[part] = relative
-        self._part_texture = self.R.uniform(0.02, 0.2, (4, 4)) * np.array([1, 1, 0.6, 1])
+        self._part_texture = self.tumor_texture * self.R.uniform(0.1, 1.0, (4, 4)) * np.array([1, 1, 0.6, 1])
         self._softness = (int(self.R.randint(0, 2)), int(self.R.randint(0, 4)))
-        self._opacity = self.R.uniform(0.65, 1.0)
+        self._opacity = self.R.uniform(0.7, 1.0)
         self._vessels = (self.R.uniform(5, 12), self.R.uniform(0.0, 0.25), self.R.uniform(0.9, 2.6))
         self._seed = int(self.R.randint(2**31 - 1))
 
@@ -194,10 +196,11 @@ class RandSynthesizeTumord(RandomizableTransform, MapTransform):
         shares = {}
         fluid = (structure == _FLUIDS[0]) | (structure == _FLUIDS[1])
         for part in _RELATIVE:
-            share = (tumor == part)[None].float()
+            here = (tumor == part)[None].float()
+            share = here
             for _ in range(self._softness[part == OEDEMA]):
                 share = functional.avg_pool3d(share, 3, 1, 1, count_include_pad=False)
-            shares[part] = share[0]
+            shares[part] = torch.maximum(share, 0.6 * here)[0]  # thin parts must not fade away
         shares[OEDEMA] = self._opacity * shares[OEDEMA].masked_fill(fluid & (tumor == 0), 0)
         total = sum(shares.values(), torch.zeros(tumor.shape)).clamp(min=1.0)
         return {part: share / total for part, share in shares.items()}
