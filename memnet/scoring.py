@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,7 +16,15 @@ import numpy as np
 
 from memnet.transforms.labels import CSF, TISSUES
 
-__all__ = ["add_parser", "dice", "find_scored_cases", "score_tissue"]
+__all__ = [
+    "add_parser",
+    "dice",
+    "find_scored_cases",
+    "read_labels",
+    "score_tissue",
+    "segment_with_bundle",
+    "write_scores",
+]
 
 Case = dict[str, Path]
 
@@ -97,14 +105,14 @@ def score_tissue(
     """
     cases = find_scored_cases(dataset_dir, subjects)
     methods: dict[str, Callable[[dict[str, Case]], Iterator[np.ndarray]]]
-    methods = {Path(bundle).resolve().name: lambda found: _segment_with_bundle(found, Path(bundle), overrides)}
+    methods = {Path(bundle).resolve().name: lambda found: _segment_with_bundle(found, bundle, overrides)}
     if hmrf:
         methods["DIPY HMRF"] = _segment_with_hmrf
     started = {method: segment(cases) for method, segment in methods.items()}
     rows = []
     for method, predictions in started.items():
         for (subject, case), prediction in zip(cases.items(), predictions, strict=True):
-            mask, label = _labels(case["mask"]) > 0, _labels(case["label"])
+            mask, label = read_labels(case["mask"]) > 0, read_labels(case["label"])
             if prediction.shape != label.shape:
                 raise ValueError(f"{subject}: {method} gives {prediction.shape}, the reference has {label.shape}")
             reference = np.where(label == 0, CSF, label)[mask]
@@ -113,7 +121,7 @@ def score_tissue(
                 {"subject": subject, "method": method, "tissue": t, "dice": round(s, 4)} for t, s in scores.items()
             ]
             print(f"{method} {subject}: " + ", ".join(f"{t} {s:.3f}" for t, s in scores.items()), flush=True)
-    _write(rows, list(methods), len(cases), Path(output_dir))
+    write_scores(rows, _table(rows, list(methods), len(cases)), output_dir)
     return rows
 
 
@@ -136,25 +144,62 @@ def _run(arguments: argparse.Namespace) -> None:
     print((Path(a.output_dir) / "scores.md").read_text(encoding="utf-8"))
 
 
-def _segment_with_bundle(cases: dict[str, Case], bundle: Path, overrides: dict[str, Any]) -> Iterator[np.ndarray]:
+def segment_with_bundle(
+    inputs: Iterable[Mapping[str, Any]], bundle: str | Path, **overrides: Any
+) -> Iterator[np.ndarray]:
+    """Run a bundle's ``inference.json`` for one case after another.
+
+    Args:
+        inputs: for each case, the overrides that name its files, such as ``{"image": file}``.
+        bundle: folder of the bundle.
+        overrides: overrides for all cases, such as ``ckpt_path``.
+
+    Yields:
+        The label map that it writes, uint8, on the grid of the input.
+
+    Raises:
+        ValueError: if the bundle has no such config.
+    """
     from monai.bundle import ConfigWorkflow  # takes seconds to import
 
-    config = bundle / "configs" / "inference.json"
+    config = Path(bundle) / "configs" / "inference.json"
     if not config.is_file():
         raise ValueError(f"{config}: no such file; give --bundle FOLDER")
-    for case in cases.values():
+    for files in inputs:
         with tempfile.TemporaryDirectory() as folder:
             workflow = ConfigWorkflow(
-                config_file=str(config),
-                workflow_type="inference",
-                image=str(case["image"]),
-                output_dir=folder,
-                **overrides,
+                config_file=str(config), workflow_type="inference", output_dir=folder, **files, **overrides
             )
             workflow.initialize()
             workflow.run()
             workflow.finalize()
-            yield _labels(next(Path(folder).glob("*.nii.gz")))
+            yield read_labels(next(Path(folder).glob("*.nii.gz")))
+
+
+def read_labels(file: str | Path) -> np.ndarray:
+    """Read a label map as uint8, on the grid of the file."""
+    return np.asarray(nib.load(file).dataobj).astype(np.uint8)
+
+
+def write_scores(rows: Sequence[Mapping[str, Any]], lines: Sequence[str], output_dir: str | Path) -> None:
+    """Write ``scores.csv`` (the rows) and ``scores.md`` (the lines).
+
+    Args:
+        rows: dictionaries with the same keys.
+        lines: the table for people, in Markdown.
+        output_dir: folder of the two files; made if missing.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "scores.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "scores.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _segment_with_bundle(cases: dict[str, Case], bundle: str | Path, overrides: dict[str, Any]) -> Iterator[np.ndarray]:
+    return segment_with_bundle(({"image": str(case["image"])} for case in cases.values()), bundle, **overrides)
 
 
 def _segment_with_hmrf(cases: dict[str, Case]) -> Iterator[np.ndarray]:
@@ -166,21 +211,12 @@ def _segment_with_hmrf(cases: dict[str, Case]) -> Iterator[np.ndarray]:
 def _hmrf(case: Case) -> np.ndarray:
     from dipy.segment.tissue import TissueClassifierHMRF  # an optional dependency
 
-    image = nib.load(case["image"]).get_fdata() * (_labels(case["mask"]) > 0)
+    image = nib.load(case["image"]).get_fdata() * (read_labels(case["mask"]) > 0)
     _, segmentation, _ = TissueClassifierHMRF(verbose=False).classify(image, 3, 0.1)
     return np.asarray(segmentation).astype(np.uint8)  # ordered by intensity: fluid, grey, white in T1
 
 
-def _labels(file: Path) -> np.ndarray:
-    return np.asarray(nib.load(file).dataobj).astype(np.uint8)
-
-
-def _write(rows: list[dict[str, Any]], methods: list[str], n_cases: int, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "scores.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=["subject", "method", "tissue", "dice"])
-        writer.writeheader()
-        writer.writerows(rows)
+def _table(rows: list[dict[str, Any]], methods: list[str], n_cases: int) -> list[str]:
     lines = [f"Dice, mean ± standard deviation over {n_cases} volumes", ""]
     lines += ["| method | " + " | ".join(TISSUES) + " |", "|---" * (len(TISSUES) + 1) + "|"]
     for method in methods:
@@ -189,4 +225,4 @@ def _write(rows: list[dict[str, Any]], methods: list[str], n_cases: int, folder:
             scores = [row["dice"] for row in rows if row["method"] == method and row["tissue"] == tissue]
             cells.append(f"{np.mean(scores):.3f} ± {np.std(scores):.3f}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    (folder / "scores.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
