@@ -77,7 +77,7 @@ class RandGrowTumord(RandomizableTransform, MapTransform):
         keys: KeysCollection = "label",
         tumor_key: str = "tumor",
         prob: float = 0.85,
-        radius: tuple[float, float] = (6.0, 27.0),
+        radius: tuple[float, float] = (7.0, 28.0),
         reach: float = 34.0,
         mass_effect: float = 0.45,
         prob_multifocal: float = 0.15,
@@ -207,7 +207,7 @@ class RandAddLesionsd(RandomizableTransform, MapTransform):
         """Draw how many lesions there are, and how far they reach from the ventricles."""
         super().randomize(None)
         self._share = self.extent * self.R.random() ** 2
-        self._caps = int(self.R.randint(0, 4))
+        self._caps = int(self.R.randint(0, 3))
         self._size = self.R.uniform(4.0, 9.0)
         self._seed = int(self.R.randint(2**31 - 1))
 
