@@ -5,13 +5,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from memnet import __version__, scoring, training_memory
+from memnet import __version__, scoring, training_memory, tumor_scoring
+from memnet.benchmarks import comparison
 from memnet.bundle import input_error
 
 __all__ = ["main"]
 
 # each adds its parser to the subparsers and sets the parser's default `function`
-COMMANDS: tuple[Callable[[Any], None], ...] = (scoring.add_parser, training_memory.add_parser)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    scoring.add_parser,
+    tumor_scoring.add_parser,
+    training_memory.add_parser,
+    comparison.add_parser,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
