@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +22,8 @@ with warnings.catch_warnings():
     import monai.bundle  # noqa: F401
     import monai.engines  # noqa: F401
     import monai.handlers  # noqa: F401
+
+from monai.bundle import ConfigParser  # noqa: E402
 
 BUNDLES = Path(__file__).parent.parent / "bundles"
 
@@ -111,3 +115,61 @@ def datalist(tmp_path: Path, write_nifti: Callable[..., Path]) -> Path:
     path = tmp_path / "datalist.json"
     path.write_text(json.dumps({"training": cases}))
     return path
+
+
+@pytest.fixture(scope="session")
+def brats_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small cases as BraTS 2020 distributes them: a folder each, four modalities, labels 0, 1, 2 and 4."""
+    folder = tmp_path_factory.mktemp("brats")
+    for number in (1, 2, 3):
+        t1, t2, labels = phantom(seed=number)
+        case = f"BraTS20_Training_{number:03d}"
+        volumes = {"t1": t1, "t1ce": 2 * t1, "t2": t2, "flair": t2[::-1], "seg": np.array([0, 2, 1, 4])[labels]}
+        (folder / case).mkdir()
+        for kind, values in volumes.items():
+            nib.save(nib.Nifti1Image(values.astype(np.int16), np.eye(4)), folder / case / f"{case}_{kind}.nii.gz")
+    return folder
+
+
+@pytest.fixture
+def random_weights(tmp_path: Path) -> Callable[..., Path]:
+    """Write weights of a bundle's network, small where the overrides say so."""
+
+    def make(bundle: Path, **overrides: Any) -> Path:
+        parser = ConfigParser()
+        parser.read_config(str(bundle / "configs" / "inference.json"))
+        parser.update(overrides)
+        path = tmp_path / "weights" / "model.pt"
+        path.parent.mkdir(exist_ok=True)
+        torch.save(parser.get_parsed_content("network_def").state_dict(), path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def label_maps(write_nifti: Callable[..., Path]) -> Path:
+    """Three small label maps with FreeSurfer's values: background, ventricle, cortex, white matter, skin."""
+    for number in range(3):
+        values = np.array([0, 4, 3, 2], dtype=np.int16)[phantom(seed=number)[2]]
+        values[2:-2, 2:-2, 2:-2][values[2:-2, 2:-2, 2:-2] == 0] = 516
+        path = write_nifti(f"label_maps/{number}.nii.gz", values)
+    return path.parent
+
+
+@pytest.fixture
+def shipped(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
+    """Copy a bundle elsewhere, with random weights where it ships none yet."""
+
+    def copy(bundle: Path) -> Path:
+        target = tmp_path / "elsewhere" / bundle.name
+        shutil.copytree(bundle, target, ignore=shutil.ignore_patterns("eval"))
+        model = target / "models" / "model.pt"
+        if not model.exists():
+            parser = ConfigParser()
+            parser.read_config(str(target / "configs" / "inference.json"))
+            model.parent.mkdir(exist_ok=True)
+            torch.save(parser.get_parsed_content("network_def").state_dict(), model)
+        return target
+
+    yield copy
