@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memnet import __version__, scoring, training_memory, tumor_scoring
-from memnet.benchmarks import comparison
+from memnet.benchmarks import comparison, depth
 from memnet.bundle import input_error
 
 __all__ = ["main"]
@@ -17,6 +17,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     tumor_scoring.add_parser,
     training_memory.add_parser,
     comparison.add_parser,
+    depth.add_parser,
 )
 
 
