@@ -114,7 +114,7 @@ class Chain(nn.ModuleList):
         if self.memory == "store" or not _differentiates(self, state):
             return _unpack(self._run(*state))
         template = next((x for x in state if isinstance(x, MetaTensor)), None)
-        plain = self._on_grid([x.as_tensor() if isinstance(x, MetaTensor) else x for x in state])
+        plain = [x.as_tensor() if isinstance(x, MetaTensor) else x for x in state]
         outputs = _strategies[self.memory](self, plain)
         if template is not None:
             outputs = tuple(MetaTensor(y).copy_meta_from(template) for y in outputs)
@@ -158,18 +158,25 @@ class Chain(nn.ModuleList):
     @torch.jit.unused
     def record(self, *state: torch.Tensor) -> Recorded:
         """See :meth:`memnet.Invertible.record`."""
+        return self._record([state])
+
+    @torch.jit.unused
+    def _record(self, held: list[tuple[torch.Tensor, ...]]) -> Recorded:
+        # The state comes in a list and is taken out of it: an argument would live for as long as the call.
         records: list[Recorded] = []
         magnitudes: list[torch.Tensor] = []
         for block in self:
-            recorded = block.record(*state)
+            recorded = block.record(*held.pop())
             state = recorded.state
+            held.append(state)
             if block.fraction_bits is not None:
                 magnitudes += [torch.linalg.vector_norm(x, float("inf")) for x in state[:2] if x.is_floating_point()]
             records.append(recorded._replace(state=()))
+            del recorded, state
         if self.fraction_bits is not None:
             check_range(magnitudes, self.fraction_bits)
         kept = tuple(x for recorded in records for x in recorded.kept)
-        return Recorded(state, [(r.replays, len(r.kept)) for r in records], kept)
+        return Recorded(held.pop(), [(r.replays, len(r.kept)) for r in records], kept)
 
     @torch.jit.unused
     def pull_back(
@@ -216,9 +223,12 @@ class _Invert(torch.autograd.Function):
     """Keeps a chain's output; the backward pass inverts block after block, with one block's graph alive."""
 
     @staticmethod
-    def forward(ctx, chain: Chain, n_state: int, parameters: list[nn.Parameter], *tensors: torch.Tensor):
-        recorded = chain.record(*tensors[:n_state])
-        ctx.chain, ctx.n_state, ctx.parameters = chain, n_state, parameters
+    def forward(
+        ctx, chain: Chain, basket: "_Basket", n_state: int, parameters: list[nn.Parameter], *tensors: torch.Tensor
+    ):
+        recorded = chain._record([tuple(chain._on_grid(list(tensors[:n_state])))])
+        ctx.chain, ctx.basket, ctx.n_state, ctx.parameters = chain, basket, n_state, parameters
+        ctx.set_materialize_grads(False)
         ctx.replays, ctx.n_outputs = recorded.replays, len(recorded.state)
         ctx.n_kept = len(recorded.kept)
         inputs = tensors[:n_state] if chain.on_drift == "rerun" else ()
@@ -227,22 +237,47 @@ class _Invert(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
-        saved = ctx.saved_tensors
+    def backward(ctx, *_):
+        saved, gradients = ctx.saved_tensors, ctx.basket.pop()
         kept, inputs = saved[ctx.n_outputs :][: ctx.n_kept], saved[ctx.n_outputs + ctx.n_kept :]
-        held = [Recorded(saved[: ctx.n_outputs], ctx.replays, kept)]
+        held: list[Any] = [gradients, Recorded(saved[: ctx.n_outputs], ctx.replays, kept)]
         # Unless the graph is retained, the chain holds the only reference to its outputs and frees them with its last block.
         ctx.maybe_clear_saved_tensors()
         del saved, kept
+        if not inputs:
+            del gradients
         try:
-            _, state_gradients, found = ctx.chain.pull_back(held.pop(), gradients)
+            _, state_gradients, found = ctx.chain.pull_back(held.pop(), held.pop())
         except DriftError:
             replays = [replay for replay, _ in ctx.replays]
             if not inputs or not all(isinstance(replay, Replay) for replay in replays):
                 raise
             found = {}
-            state_gradients = _rerun_backward(replays, inputs, gradients, 1, found)
-        return _needed(ctx, state_gradients, found)
+            state_gradients = _rerun_backward(replays, ctx.chain._on_grid(list(inputs)), gradients, 1, found)
+        return (None, *_needed(ctx, state_gradients, found))
+
+
+_Basket = list[Sequence[torch.Tensor | None]]
+
+
+class _HandOver(torch.autograd.Function):
+    """Gives the gradients of a chain's outputs to the chain in a basket, and to autograd zeros that take no memory.
+
+    Autograd's engine holds what it gives a Function until that returns: as much as the state, for the whole of the chain's
+    backward pass. Nothing else can use what this Function takes, so that the chain's turn comes right after it.
+    """
+
+    @staticmethod
+    def forward(ctx, basket: _Basket, *outputs: torch.Tensor):
+        ctx.basket = basket
+        ctx.set_materialize_grads(False)
+        return tuple(y.detach() for y in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        ctx.basket[:] = [gradients]
+        return (None, *(None if d is None else d.new_zeros(()).expand_as(d) for d in gradients))
 
 
 class _Rerun(torch.autograd.Function):
@@ -299,13 +334,14 @@ def _needed(ctx, state_gradients: Sequence[torch.Tensor | None], found: Gradient
 
 def _invert(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     parameters = list(chain.parameters())
-    return _Invert.apply(chain, len(state), parameters, *state, *parameters)
+    basket: _Basket = []
+    return _HandOver.apply(basket, *_Invert.apply(chain, basket, len(state), parameters, *state, *parameters))
 
 
 def _checkpoint(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     size = chain.segment or math.ceil(math.sqrt(len(chain)))
     blocks = list(chain)
-    current = tuple(state)
+    current = tuple(chain._on_grid(state))
     for start in range(0, len(blocks), size):
         if size == 1 and getattr(blocks[start], "recomputes", False):
             current = _pack(blocks[start](*current))
@@ -315,7 +351,7 @@ def _checkpoint(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, 
 
 
 def _recursive(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return _rerun(list(chain), 1, tuple(state))
+    return _rerun(list(chain), 1, tuple(chain._on_grid(state)))
 
 
 def _rerun(blocks: list[nn.Module], leaf: int, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -221,3 +221,21 @@ def test_half_precision_input_becomes_a_float32_stream():
         chain.memory = memory
         outputs = chain(*[x.requires_grad_() for x in streams(dtype=torch.bfloat16)])
         assert {y.dtype for y in outputs} == {torch.float32}
+
+
+def test_outputs_that_are_unused_or_watched():
+    """``invert`` takes the outputs' gradients past autograd's engine; hooks and ``retain_grad`` see them all the same."""
+    chain, found = couplings(2), {}
+    inputs = streams()
+    for memory in ("store", "invert"):
+        chain.memory = memory
+        chain.zero_grad()
+        y1, _ = chain(*inputs)
+        y1.retain_grad()
+        y1.register_hook(lambda gradient: 2 * gradient)
+        for weight in (1, 3):
+            (weight * y1.square()).sum().backward(retain_graph=weight == 1)
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in chain.named_parameters()}
+        found[memory] = {}, gradients | {"y1": y1.grad}
+    assert found["store"][1]["0.f.2.weight"].abs().sum() > 0
+    assert differing(found["invert"], found["store"]) == []
