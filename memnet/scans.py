@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from memnet.datasets import IMAGE_SUFFIXES, Case, as_list, existing_folder, read_datalist
 
-__all__ = ["find_scans", "list_scans"]
+__all__ = ["find_scans", "list_scans", "tell_modality"]
 
 logger = logging.getLogger("memnet")
 
@@ -119,6 +119,16 @@ def list_scans(
     return [{"image": row, "output_name": name} for row, name in zip(rows, _unique_names(rows), strict=True)]
 
 
+def tell_modality(path: str | Path, modalities: Sequence[str]) -> str | None:
+    """Return which of the modalities a file's name tells, or ``None`` if it tells none.
+
+    Args:
+        path: the file.
+        modalities: some of T1, T1c, T2, FLAIR.
+    """
+    return _split_name(_stem(path), modalities)[0]
+
+
 def _side_by_side(lists: Mapping[str, list[Any]]) -> list[Row]:
     counts = {name.lower(): len(paths) for name, paths in lists.items() if paths}
     for (a, n), (b, m) in combinations(counts.items(), 2):
@@ -130,7 +140,7 @@ def _side_by_side(lists: Mapping[str, list[Any]]) -> list[Row]:
 
 def _row(image: str | Path | Sequence[Any], names: list[str], modality: str | None) -> Row:
     if isinstance(image, (str, Path)):
-        found = modality or _tell_modality(_stem(image), names)[0]
+        found = modality or tell_modality(image, names)
         if found is None:
             raise ValueError(f"{image}: its name tells none of {', '.join(names)}; name it by --modality")
         return [image if name == found else None for name in names]
@@ -141,7 +151,7 @@ def _row(image: str | Path | Sequence[Any], names: list[str], modality: str | No
     return row if len(row) == len(names) else _row(row[0], names, modality)
 
 
-def _tell_modality(stem: str, names: list[str]) -> tuple[str | None, str]:
+def _split_name(stem: str, names: Sequence[str]) -> tuple[str | None, str]:
     """Return the modality that a file's name tells, and what of the name is left to tell the subject."""
     found = {name: match for name, p in _PATTERNS.items() if name in names and (match := p.search(stem))}
     if not found:
@@ -176,7 +186,7 @@ def _put_together(folder: Path, names: list[str], modality: str | None, pattern:
         is_image = file.is_file() and file.name.lower().endswith(IMAGE_SUFFIXES) and not file.name.startswith(".")
         if not is_image or _NOT_A_SCAN.search(stem):
             continue
-        told, subject = _tell_modality(stem, names)
+        told, subject = _split_name(stem, names)
         if (told or modality) is None:
             logger.warning("%s: left out, its name tells none of %s", file, ", ".join(names))
             continue

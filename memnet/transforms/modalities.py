@@ -25,6 +25,7 @@ from monai.utils import GridSampleMode, GridSamplePadMode
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from memnet.scans import tell_modality
 from memnet.transforms.grids import file_grid, grid_of, require_one_grid, same_grid
 from memnet.transforms.intensity import zero_background
 
@@ -94,7 +95,8 @@ class LoadModalitiesd(MapTransform):
         keys: the entries to load: a list of a file for each modality, ``None`` for a missing one; or one file.
         modalities: the channels' names, in order.
         name_key: an entry that gives the output's name where file names would collide; optional in the data.
-        lone: which modality a file is that comes alone; ``None`` refuses one.
+        lone: which modality a file is that comes alone; if ``None`` the one its name tells, see
+            :func:`memnet.scans.tell_modality`.
         resample: resample modalities of other grids by the affines, trilinearly, rather than refuse them.
         strip_background: shift each modality so that its constant background is 0 and nothing is less, see
             :func:`memnet.transforms.intensity.zero_background`.
@@ -141,11 +143,12 @@ class LoadModalitiesd(MapTransform):
             )
         if len(paths) == len(self.modalities):
             return paths
-        if self.lone is None:
+        lone = self.lone or tell_modality(paths[0], self.modalities)
+        if lone is None:
             raise ValueError(
                 f"{paths[0]}: which of {names} is it? Give --modality, or a list of {len(self.modalities)}"
             )
-        return [paths[0] if name == self.lone else None for name in self.modalities]
+        return [paths[0] if name == lone else None for name in self.modalities]
 
     def _load(self, paths: list[Any]) -> MetaTensor:
         volumes = {i: read_volume(path) for i, path in enumerate(paths) if path is not None}

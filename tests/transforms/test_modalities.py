@@ -71,6 +71,7 @@ def test_channels_of_four_modalities(write_nifti: Callable[..., Path]) -> None:
         load({"image": str(paths[3])})
     alone = LoadModalitiesd("image", FOUR, lone="FLAIR")({"image": str(paths[3])})["image"]
     assert alone[3].any() and not alone[:3].any()
+    assert load({"image": str(write_nifti("sub_T1w.nii.gz", phantom()[0]))})["image"][0].any()
     with pytest.raises(ValueError, match="expected one file or 4"):
         load({"image": paths[:2]})
 
