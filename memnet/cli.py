@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memnet import __version__, scoring, training_memory, tumor_scoring
-from memnet.benchmarks import comparison, depth
+from memnet.benchmarks import comparison, depth, unrolled
 from memnet.bundle import input_error
 
 __all__ = ["main"]
@@ -18,6 +18,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     training_memory.add_parser,
     comparison.add_parser,
     depth.add_parser,
+    unrolled.add_parser,
 )
 
 

@@ -1,0 +1,206 @@
+"""Memory, time and gradient error of one training step of MoDL under each strategy: ``python -m memnet unrolled``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from memnet.live_memory import peak_live_bytes
+from memnet.nets.modl import DataConsistency, MoDL, Regularization, ResidualCNN
+from memnet.operators import SenseOperator
+
+__all__ = ["STRATEGIES", "Cost", "compare_strategies", "simulated_slab"]
+
+# MoDL's arguments; "published" is memory-efficient learning without the guard that would stop it
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "plain": {"memory": "store", "tile": None},
+    "published": {"memory": "invert", "tile": None},
+    "checkpoint": {"memory": "checkpoint", "tile": None},
+    "tiles": {"memory": "checkpoint"},
+    "tiles, images on host": {"memory": "checkpoint", "host": True},
+}
+
+
+class Cost(NamedTuple):
+    """One training step.
+
+    Attributes:
+        strategy: a word of :data:`STRATEGIES`.
+        n_unrolls: unrolls.
+        peak: bytes alive at once in forward and backward pass, parameters, their gradients and the data apart.
+        seconds: median time of a step.
+        error: relative error of all parameters' gradients together, against plain backpropagation.
+    """
+
+    strategy: str
+    n_unrolls: int
+    peak: int
+    seconds: float
+    error: float
+
+
+def simulated_slab(
+    shape: Sequence[int] = (24, 64, 64), n_coils: int = 8, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Simulate undersampled multi-coil k-space of random smooth blobs.
+
+    Args:
+        shape: ``(slices, y, z)``; y and z are Fourier encoded, and a quarter of their samples taken at random.
+        n_coils: coils, each seeing its own region.
+        device: where the tensors go.
+
+    Returns:
+        K-space and coil maps ``(1, n_coils, *shape)`` complex64, and the mask ``(1, 1, 1, y, z)`` bool.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def smooth(n: int) -> torch.Tensor:
+        control = torch.randn(n, 2, 4, 6, 6, generator=generator)
+        fields = torch.nn.functional.interpolate(control, tuple(shape), mode="trilinear", align_corners=True)
+        return torch.complex(fields[:, 0].contiguous(), fields[:, 1].contiguous())
+
+    csm = smooth(n_coils)[None]
+    csm = csm / csm.abs().square().sum(1, keepdim=True).sqrt()
+    mask = torch.rand(1, 1, 1, *shape[1:], generator=generator) < 0.25
+    mask[..., shape[1] // 2 - 4 : shape[1] // 2 + 4, shape[2] // 2 - 4 : shape[2] // 2 + 4] = True
+    csm, mask, image = (x.to(device) for x in (csm, mask, smooth(1)))
+    return SenseOperator(csm, mask).forward(image), csm, mask
+
+
+def compare_strategies(
+    n_unrolls: int,
+    shape: Sequence[int] = (24, 64, 64),
+    n_coils: int = 8,
+    channels: int = 32,
+    tile: Sequence[int] = (64,),
+    cg_iterations: int = 8,
+    rounds: int = 3,
+    strategies: Sequence[str] = tuple(STRATEGIES),
+    device: str = "cpu",
+) -> list[Cost]:
+    """Measure one training step of the same network under each strategy, in turn.
+
+    Args:
+        n_unrolls: unrolls.
+        shape: see :func:`simulated_slab`.
+        n_coils: coils.
+        channels: filters of the regulariser.
+        tile: tiles of the strategies that have them.
+        cg_iterations: iterations of each data consistency.
+        rounds: each times one step of every strategy, so that all meet the same load of the machine.
+        strategies: words of :data:`STRATEGIES`; ``plain`` comes first whether named or not, for the gradients.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ValueError: a strategy is unknown.
+    """
+    unknown = [s for s in strategies if s not in STRATEGIES]
+    if unknown:
+        raise ValueError(f"strategies are {', '.join(STRATEGIES)}, got {', '.join(unknown)}")
+    data = simulated_slab(shape, n_coils, device)
+    weights = None
+    networks: dict[str, MoDL] = {}
+    for name in dict.fromkeys(["plain", *strategies]):
+        torch.manual_seed(0)
+        # an infinite tolerance: the error is to be measured, not refused
+        consistency = DataConsistency(max_iterations=cg_iterations, drift_tolerance=float("inf"))
+        arguments = {"tile": tile} | STRATEGIES[name]
+        cnn = ResidualCNN(len(shape), channels)
+        regularizer = Regularization(cnn, arguments.pop("tile"), drift_tolerance=float("inf"))
+        net = MoDL(n_unrolls=n_unrolls, regularizer=regularizer, data_consistency=consistency, **arguments).to(device)
+        weights = net.state_dict() if weights is None else weights
+        net.load_state_dict(weights)
+        networks[name] = net
+
+    def step(net: MoDL) -> None:
+        net(*data).abs().square().mean().backward()
+
+    peaks, gradients, times = {}, {}, {name: [] for name in networks}
+    for name, net in networks.items():
+        step(net)
+        net.zero_grad(set_to_none=True)
+        peaks[name] = peak_live_bytes(lambda net=net: step(net), net.parameters(), device)
+        gradients[name] = torch.cat([p.grad.flatten() for p in net.parameters()])
+    for _ in range(rounds):
+        for name, net in networks.items():
+            net.zero_grad(set_to_none=True)
+            _synchronize(device)
+            start = time.perf_counter()
+            step(net)
+            _synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    exact = gradients["plain"]
+    return [
+        Cost(
+            name,
+            n_unrolls,
+            peaks[name],
+            statistics.median(times[name]) if rounds else float("nan"),
+            float((gradients[name] - exact).norm() / exact.norm()),
+        )
+        for name in networks
+    ]
+
+
+def table(costs: Sequence[Cost]) -> str:
+    """Return a markdown table; ratios are to plain backpropagation with as many unrolls."""
+    plain = {cost.n_unrolls: cost for cost in costs if cost.strategy == "plain"}
+    lines = [
+        "| strategy | unrolls | peak, MiB | to plain | time to plain | gradient error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for c in costs:
+        reference = plain[c.n_unrolls]
+        lines.append(
+            f"| {c.strategy} | {c.n_unrolls} | {c.peak / 2**20:.0f} | {c.peak / reference.peak:.2f} "
+            f"| {c.seconds / reference.seconds:.2f} | {c.error:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command ``unrolled`` to the command line."""
+    parser = commands.add_parser("unrolled", help="measure a training step of MoDL under each memory strategy")
+    parser.add_argument("--unrolls", type=int, nargs="+", default=[4, 10])
+    parser.add_argument("--shape", type=int, nargs=3, default=[24, 64, 192], help="slices, y and z of the slab")
+    parser.add_argument("--coils", type=int, default=8)
+    parser.add_argument("--channels", type=int, default=32)
+    parser.add_argument("--tile", type=int, nargs="+", default=[64], help="extents of tiles along the last dimensions")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each strategy")
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="also write the numbers into this JSON file")
+    parser.set_defaults(function=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine() + " CPU"
+    print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
+    costs: list[Cost] = []
+    for n_unrolls in arguments.unrolls:
+        costs += compare_strategies(
+            n_unrolls,
+            arguments.shape,
+            arguments.coils,
+            arguments.channels,
+            arguments.tile,
+            rounds=arguments.rounds,
+            strategies=arguments.strategies,
+            device=arguments.device,
+        )
+        print(table(costs), flush=True)
+    if arguments.output:
+        arguments.output.write_text(json.dumps([c._asdict() for c in costs], indent=1), encoding="utf-8")
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
