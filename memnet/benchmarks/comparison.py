@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import platform
-import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ from torch import nn
 
 from memnet.allocation import keep_freed_memory
 from memnet.benchmarks.contenders import CONTENDERS
-from memnet.benchmarks.trial import Case, Record, Settings, read_record, run_trial, write_whole
+from memnet.benchmarks.records import Record, read_record, write_whole
+from memnet.benchmarks.trial import Case, Settings, run_trial
 from memnet.datasets import existing_folder, split_folds
 from memnet.inferers import supports_bfloat16
 from memnet.live_memory import peak_live_bytes
@@ -191,8 +191,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _write_tables(folder: Path) -> str:
-    found = [re.fullmatch(r"(\w+)_seed(\d+)", file.stem) for file in sorted(folder.glob("*_seed*.json"))]
-    records = [read_record(folder, match[1], int(match[2])) for match in found if match and match[1] in CONTENDERS]
+    records = [read_record(file) for name in CONTENDERS for file in sorted(folder.glob(f"{name}_seed*.json"))]
     parts = []
     done = [record for record in records if record is not None]
     if done:

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from memnet.benchmarks.trial import write_whole
+from memnet.benchmarks.records import write_whole
 from memnet.chain import Chain, Memory
 from memnet.couplings import AdditiveCoupling
 from memnet.live_memory import peak_live_bytes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -38,16 +37,16 @@ from torch import nn
 from torch.nn import functional
 
 from memnet.benchmarks.contenders import CONTENDERS, MULTIPLE
+from memnet.benchmarks.records import Record, read_record, record_file, write_whole
 from memnet.checkpoints import TrainingCheckpoint
 from memnet.inferers import PrecisionInferer
 from memnet.losses import InvResLoss
 from memnet.transforms.labels import MapLabelsd
 from memnet.transforms.modalities import LoadVolumed
 
-__all__ = ["Settings", "read_record", "record_file", "run_trial"]
+__all__ = ["Settings", "run_trial"]
 
 Case = dict[str, str]
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -98,23 +97,25 @@ def run_trial(
         mm, None where the prediction or the reference has no voxel of the class.
 
     Raises:
-        ValueError: a record of other settings or cases is there, or a label map holds a value that is no class.
+        ValueError: a trial of other settings or cases was begun there, or a label map holds a value that is no class.
     """
-    output_dir = Path(output_dir)
+    file = record_file(output_dir, contender, seed)
+    state = file.with_suffix("")  # the folder of a training that is not done
     names = {part: [Path(case["image"]).name.split(".")[0] for case in found] for part, found in cases.items()}
-    wanted = {"settings": _as_json(asdict(settings)), "n_training": len(names["training"]), "test_cases": names["test"]}
-    found = read_record(output_dir, contender, seed)
-    if found is not None:
+    wanted = {"settings": asdict(settings), "n_training": len(names["training"]), "test_cases": names["test"]}
+    wanted = json.loads(json.dumps(wanted))  # as it is read again
+    for begun in (file, state / "settings.json"):
+        found = read_record(begun)
+        if found is None:
+            continue
         for key, value in wanted.items():
             if found[key] != value:
-                raise ValueError(
-                    f"{record_file(output_dir, contender, seed)} was made with {key} {found[key]}, now {value}; "
-                    "give another --output_dir"
-                )
-        return found
+                raise ValueError(f"{begun} was made with {key} {found[key]}, now {value}; give another --output_dir")
+        if begun == file:
+            return found
+    write_whole(state / "settings.json", json.dumps(wanted) + "\n")
     torch.manual_seed(seed)
     network = CONTENDERS[contender].build(1, 1 + len(settings.classes)).to(device)
-    state = record_file(output_dir, contender, seed).with_suffix("")
     seconds = _train(network, contender, seed, settings, cases["training"], state, device)
     record = {
         "network": contender,
@@ -125,37 +126,9 @@ def run_trial(
         "seconds_of_last_run": round(seconds, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "monai": monai.__version__},
     }
-    write_whole(record_file(output_dir, contender, seed), json.dumps(record, indent=1) + "\n")
+    write_whole(file, json.dumps(record, indent=1) + "\n")
     shutil.rmtree(state, ignore_errors=True)
     return record
-
-
-def record_file(output_dir: str | Path, contender: str, seed: int) -> Path:
-    """Return the file of a trial's record."""
-    return Path(output_dir) / f"{contender}_seed{seed}.json"
-
-
-def read_record(output_dir: str | Path, contender: str, seed: int) -> Record | None:
-    """Return a trial's record, or None if it is not done.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    file = record_file(output_dir, contender, seed)
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not a record of a trial ({error}); delete it to run the trial again") from error
-
-
-def write_whole(file: Path, content: str) -> None:
-    """Write a text file in one piece, so that an interruption leaves none half-written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(file)
 
 
 def _read(n_classes: int) -> list[Any]:
@@ -259,7 +232,3 @@ def _score(
             for label_name, value in zip(settings.classes, values[0].tolist(), strict=True):
                 scores[name][label_name].append(round(value, 5) if math.isfinite(value) else None)
     return scores
-
-
-def _as_json(content: Any) -> Any:
-    return json.loads(json.dumps(content))

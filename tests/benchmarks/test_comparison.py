@@ -1,6 +1,7 @@
 """The comparison of networks on labelled volumes: its split, its trials, its tables."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 from memnet.benchmarks import comparison
 from memnet.benchmarks.comparison import cost_table, find_labelled_volumes, measure_costs, score_table
 from memnet.benchmarks.contenders import CONTENDERS, Contender
-from memnet.benchmarks.trial import Settings, read_record, record_file, run_trial
+from memnet.benchmarks.records import read_record, record_file
+from memnet.benchmarks.trial import Settings, run_trial
 from memnet.cli import main
 
 SETTINGS = Settings(epochs=3, patch_size=(8, 8, 8), amp=False)
@@ -98,7 +100,9 @@ def test_an_interrupted_trial_ends_as_an_uninterrupted_one(folder, tmp_path, con
     contend(lambda: Tiny(steps=2 * 4 + 1))
     with pytest.raises(KeyboardInterrupt):
         run_trial("tried", 1, SETTINGS, cases, tmp_path / "parts")
-    assert read_record(tmp_path / "parts", "tried", 1) is None
+    assert read_record(record_file(tmp_path / "parts", "tried", 1)) is None
+    with pytest.raises(ValueError, match="settings.json was made with settings.*'epochs': 3.*'epochs': 4"):
+        run_trial("tried", 1, replace(SETTINGS, epochs=4), cases, tmp_path / "parts")
     contend(Tiny)
     parts = run_trial("tried", 1, SETTINGS, cases, tmp_path / "parts")
     assert parts["scores"] == whole["scores"]
@@ -113,7 +117,7 @@ def test_what_is_recorded_is_not_run_again(folder, tmp_path, contend):
     contend(lambda: Tiny(steps=0))
     assert run_trial("tried", 0, SETTINGS, cases, tmp_path) == record
     with pytest.raises(ValueError, match="'epochs': 3.*'epochs': 4.*--output_dir"):
-        run_trial("tried", 0, Settings(epochs=4, patch_size=(8, 8, 8), amp=False), cases, tmp_path)
+        run_trial("tried", 0, replace(SETTINGS, epochs=4), cases, tmp_path)
     record_file(tmp_path, "tried", 0).write_text("{")
     with pytest.raises(ValueError, match="tried_seed0.json: not a record"):
         run_trial("tried", 0, SETTINGS, cases, tmp_path)
