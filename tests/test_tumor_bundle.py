@@ -191,12 +191,19 @@ def test_bad_case_is_named_before_anything_is_written(brats_copy: Path, tmp_path
     assert not list(out.rglob("*.pt"))
 
 
-def test_report_gives_the_regions(
-    brats_folder: Path, random_weights: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_report_gives_the_regions_and_draws_over_flair(
+    brats_folder: Path,
+    random_weights: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr("memnet.reporting.draw_overlay", lambda scan, *_: drawn.append(Path(scan).name))
     caplog.set_level(logging.INFO, "memnet")
     options = {**SMALL, "ckpt_path": str(random_weights(TUMOR.folder, **SMALL)), "output_dir": str(tmp_path / "out")}
-    run(TUMOR.folder, "run", "inference.json", **options, dataset_dir=str(brats_folder))
+    run(TUMOR.folder, "run", "inference.json", **options, dataset_dir=str(brats_folder), overlay=True)
+    assert drawn == [f"BraTS20_Training_{k:03d}_flair.nii.gz" for k in (1, 2, 3)]
     table = (tmp_path / "out" / "tumor_volumes.csv").read_text().splitlines()
     assert table[0] == "file,whole tumour [ml],core [ml],enhancing [ml]" and len(table) == 4
     labels = np.asarray(nib.load(tmp_path / "out" / "BraTS20_Training_001_t1_tumor.nii.gz").dataobj)
