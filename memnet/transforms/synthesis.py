@@ -89,8 +89,8 @@ class RandSynthesizeModalitiesd(RandomizableTransform, MapTransform):
         texture: largest spread within a structure.
         pial_mixture: least and largest share of fluid in the mixed voxels.
         white_share: share of white matter in the 3^3 neighbourhood of a voxel of cortex above which it counts as white
-            matter; 1 leaves the border where the label map has it. The default puts the border where the experts of the
-            MICCAI 2012 multi-atlas set draw it: at about half of the step in T1 from cortex to white matter.
+            matter; 1 leaves the border where the label map has it. The default is what the experts of the MICCAI 2012
+            multi-atlas set draw, for whom white matter begins at darker voxels of T1.
         white_mixture: least and largest share of white matter in those mixed voxels.
         prob_dark_air: probability that air is exactly zero, not noise.
 
