@@ -69,12 +69,13 @@ def measure_costs(
         contenders: words of :data:`memnet.benchmarks.contenders.CONTENDERS`; times are relative to the first.
         patch: side of the cubic patch, voxels.
         n_classes: classes out, background included.
-        rounds: each times one step of every network in turn, so that all meet the same load of the machine.
+        rounds: each times one step of every network in turn, so that all meet the same load of the machine; 0 measures
+            memory alone.
         device: ``cpu`` or ``cuda``.
 
     Returns:
         For each network: ``parameters`` (the variational branch apart), ``peak`` (bytes alive at once in the forward and
-        backward pass, parameters and their gradients apart) and ``time_ratio`` (median over the rounds).
+        backward pass, parameters and their gradients apart) and ``time_ratio`` (median over the rounds, None without any).
     """
     image = torch.rand(1, 1, patch, patch, patch, device=device)
     label = torch.randint(0, n_classes, image.shape, device=device)
@@ -104,7 +105,7 @@ def measure_costs(
         }
     times = [{name: seconds(network) for name, network in networks.items()} for _ in range(rounds)]
     for name, cost in costs.items():
-        cost["time_ratio"] = statistics.median(t[name] / t[contenders[0]] for t in times)
+        cost["time_ratio"] = statistics.median(t[name] / t[contenders[0]] for t in times) if times else None
     return costs
 
 
@@ -147,9 +148,10 @@ def cost_table(costs: dict[str, dict[str, Any]]) -> str:
     ]
     first = next(iter(costs.values()))
     for name, cost in costs.items():
+        pace = "-" if cost["time_ratio"] is None else f"{cost['time_ratio']:.2f}"
         lines.append(
             f"| {CONTENDERS[name].title} | {cost['parameters'] / 1e6:.2f} | {cost['peak'] / 2**20:.0f} "
-            f"| {cost['peak'] / first['peak']:.2f} | {cost['time_ratio']:.2f} |"
+            f"| {cost['peak'] / first['peak']:.2f} | {pace} |"
         )
     return "\n".join(lines)
 
@@ -169,6 +171,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=defaults.epochs)
     parser.add_argument("--patch", type=int, nargs="+", default=[], help="measure memory and time at these cubes too")
+    parser.add_argument("--rounds", type=int, default=5, help="steps timed of each network there; 0 for memory alone")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(function=_run)
 
@@ -185,7 +188,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 _write_tables(output_dir)
     for patch in a.patch:
         hardware = torch.cuda.get_device_name() if a.device == "cuda" else f"{platform.machine()} CPU"
-        content = {"hardware": hardware, "costs": measure_costs(a.networks, patch, device=a.device)}
+        content = {"hardware": hardware, "costs": measure_costs(a.networks, patch, rounds=a.rounds, device=a.device)}
         write_whole(output_dir / f"costs_{patch}.json", json.dumps(content, indent=1) + "\n")
     print(_write_tables(output_dir))
 

@@ -160,6 +160,7 @@ def test_costs_are_relative_to_the_first():
     assert 0.9 < costs["fully"]["parameters"] / costs["baseline"]["parameters"] < 1.1
     rows = cost_table({"baseline": costs["baseline"], "fully": costs["baseline"] | {"time_ratio": 1.5}}).splitlines()
     assert rows[-1].startswith("| FullyInvResUNet | 1.46 |") and rows[-1].endswith("| 1.00 | 1.50 |")
+    assert cost_table({"baseline": costs["baseline"] | {"time_ratio": None}}).endswith("| 1.00 | - |")
 
 
 def test_contenders_have_parameters_like_the_baseline():
