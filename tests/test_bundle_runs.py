@@ -93,7 +93,7 @@ def test_trains_in_two_processes(case: BundleCase, data: Path, tmp_path: Path) -
     command += ["-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
     command += [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     state = torch.load(tmp_path / "model_last.pt", weights_only=True)
     # two training cases over two processes are one iteration each
