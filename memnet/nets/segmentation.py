@@ -1,13 +1,13 @@
 """What the segmentation networks share: any input size, the regularising branch, the memory strategy."""
 
 import torch
-from monai.networks.blocks import ADN
 from monai.networks.layers.factories import Conv
 from torch import nn
 from torch.nn import functional
 
 from memnet.chain import Chain, Memory
 from memnet.nets.vae import VariationalBranch
+from memnet.normalization import NormLeakyReLU
 
 __all__ = ["SegmentationNetwork", "level_widths", "norm_act_conv"]
 
@@ -15,12 +15,9 @@ __all__ = ["SegmentationNetwork", "level_widths", "norm_act_conv"]
 def norm_act_conv(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
     """Return instance norm, leaky ReLU and a 3^d convolution, in this order: the increment of a residual stream."""
     return nn.Sequential(
-        ADN("NA", in_channels, act=("leakyrelu", {"inplace": False}), norm=_NORM, norm_dim=spatial_dims),
+        NormLeakyReLU(in_channels, spatial_dims),
         Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 3, padding=1, bias=False),
     )
-
-
-_NORM = ("instance", {"affine": True})
 
 
 def level_widths(channels: int, n_levels: int) -> list[int]:

@@ -1,0 +1,97 @@
+"""Instance norm and leaky ReLU as one operation that keeps its output alone."""
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.blocks import ADN
+
+__all__ = ["NormLeakyReLU"]
+
+
+class NormLeakyReLU(ADN):
+    r"""Instance norm with a learned scale and shift, then leaky ReLU.
+
+    .. math:: y = \max(z, 0.01 z), \qquad z = \gamma \frac{x - \mathrm{mean}(x)}{\sqrt{\mathrm{var}(x) + \epsilon}} + \beta
+
+    One module for both, since backpropagation needs :math:`x`, which the caller has anyway, and of :math:`z` the sign alone,
+    which is that of :math:`y`: no :math:`z` is kept. Under autocast :math:`y` is in the lower precision, the statistics are
+    not. Memory format (channels last) is preserved. Exporters see MONAI's ADN.
+
+    Args:
+        channels: channels of the input.
+        spatial_dims: 1, 2 or 3.
+
+    Raises:
+        ValueError: at run time, if there is one voxel, which has no variance.
+
+    References:
+        Instance normalization: the missing ingredient for fast stylization (Ulyanov et al., 2016),
+        https://arxiv.org/abs/1607.08022
+        In-place activated BatchNorm for memory-optimized training of DNNs (Rota Bulò et al., 2018),
+        https://arxiv.org/abs/1712.02616
+    """
+
+    def __init__(self, channels: int, spatial_dims: int) -> None:
+        super().__init__(
+            "NA", channels, ("leakyrelu", {"inplace": False}), ("instance", {"affine": True}), spatial_dims
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, C, ...)`` to the same shape."""
+        if not torch.jit.is_scripting():
+            if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+                return self.fused(x)
+        for module in self:
+            x = module(x)
+        return x
+
+    @torch.jit.unused
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute both at once."""
+        if x[0, 0].numel() == 1:
+            raise ValueError(f"instance norm needs more than one voxel, got an input of shape {tuple(x.shape)}")
+        norm = self.N
+        return _NormLeakyReLU.apply(x, norm.weight, norm.bias, norm.eps, self.A.negative_slope)
+
+
+class _NormLeakyReLU(torch.autograd.Function):
+    """Keeps the input, which its caller keeps too, its statistics, and the output, which the next layer keeps too."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, slope: float):
+        y = torch.empty_like(x)
+        mean, scale = x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
+        for i in range(x.shape[0]):  # instance norm is batch norm of one; slices keep the memory format
+            out = {"out": y[i : i + 1], "save_mean": mean[i], "save_invstd": scale[i]}
+            torch.ops.aten.native_batch_norm.out(x[i : i + 1], weight, bias, None, None, True, 0.0, eps, **out)
+        torch.nn.functional.leaky_relu(y, slope, inplace=True)
+        device = x.device.type
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            y = y.to(torch.get_autocast_dtype(device))
+        ctx.eps, ctx.slope = eps, slope
+        ctx.save_for_backward(x, weight, mean, scale, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, weight, mean, scale, y = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()
+        gradient = torch.ops.aten.leaky_relu_backward(gradient.to(x.dtype), y, ctx.slope, True)
+        del y
+        wanted = list(ctx.needs_input_grad[:3])
+        parts = [
+            torch.ops.aten.native_batch_norm_backward(
+                gradient[i : i + 1], x[i : i + 1], weight, None, None, mean[i], scale[i], True, ctx.eps, wanted
+            )
+            for i in range(x.shape[0])
+        ]
+        del gradient
+        if len(parts) == 1:
+            return *(part if needed else None for part, needed in zip(parts[0], wanted, strict=True)), None, None
+        joins = (torch.cat, _sum, _sum)
+        columns = zip(joins, zip(*parts, strict=True), wanted, strict=True)
+        return *(join(column) if needed else None for join, column, needed in columns), None, None
+
+
+def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(parts).sum(0)

@@ -1,0 +1,94 @@
+"""Instance norm and leaky ReLU in one: MONAI's results, and fewer activations kept."""
+
+import copy
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.networks.blocks import ADN
+from torch import nn
+
+from memnet.normalization import NormLeakyReLU
+
+
+def _pair(channels=3, spatial_dims=3):
+    fused = NormLeakyReLU(channels, spatial_dims)
+    plain = ADN("NA", channels, "leakyrelu", ("instance", {"affine": True}), norm_dim=spatial_dims)
+    for p in fused.parameters():
+        nn.init.normal_(p)
+    plain.load_state_dict(fused.state_dict())
+    return fused, plain
+
+
+def _gradients(module, x):
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = module(x)
+    y.float().sin().sum().backward()
+    return y.detach(), {"x": x.grad} | {name: p.grad for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+def test_equals_monais_layers(spatial_dims, batch):
+    fused, plain = _pair(3, spatial_dims)
+    x = torch.randn(batch, 3, *(4, 5, 6)[:spatial_dims])
+    (y, gradients), (expected, expected_gradients) = _gradients(fused, x), _gradients(plain, x)
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradient_is_that_of_finite_differences(batch):
+    fused = _pair(2, 1)[0].double()
+    x = torch.randn(batch, 2, 5, dtype=torch.float64, requires_grad=True)
+
+    def run(x, weight, bias):
+        return torch.func.functional_call(fused, {"N.weight": weight, "N.bias": bias}, x)
+
+    assert torch.autograd.gradcheck(run, (x, *fused.parameters()))
+    assert torch.autograd.gradgradcheck(run, (x, *fused.parameters()))
+
+
+def test_memory_format_is_preserved():
+    fused, x = _pair()[0], torch.randn(2, 3, 4, 5, 6)
+    last = x.to(memory_format=torch.channels_last_3d)
+    (y, gradients), (expected, expected_gradients) = _gradients(fused, last), _gradients(copy.deepcopy(fused), x)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    assert gradients["x"].is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients["x"], expected_gradients["x"])
+
+
+def test_keeps_its_output_and_nothing_else_of_its_size():
+    fused, kept, x = _pair()[0], [], torch.randn(1, 3, 4, 4, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        y = fused(x)
+    assert {t.data_ptr() for t in kept if t.numel() == x.numel()} == {x.data_ptr(), y.data_ptr()}
+
+
+def test_lower_precision_under_autocast():
+    fused, plain = _pair()
+    x = torch.randn(1, 3, 4, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, gradients = _gradients(fused, x)
+    assert y.dtype == torch.bfloat16
+    expected, expected_gradients = _gradients(plain, x)
+    assert torch.equal(y, expected.bfloat16())
+    torch.testing.assert_close(gradients, expected_gradients, rtol=0.02, atol=0.02)
+
+
+def test_frozen_parameters_get_no_gradient():
+    fused = _pair()[0]
+    fused.N.weight.requires_grad_(False)
+    _, gradients = _gradients(fused, torch.randn(2, 3, 4, 4, 4))
+    assert gradients["N.weight"] is None and gradients["N.bias"] is not None and gradients["x"] is not None
+
+
+def test_metatensor_stays_one():
+    x = MetaTensor(torch.randn(1, 3, 4, 4, 4), affine=2 * torch.eye(4))
+    assert torch.equal(_pair()[0](x).affine, x.affine)
+
+
+def test_one_voxel_is_refused():
+    with pytest.raises(ValueError, match=r"more than one voxel.*\(1, 3, 1, 1\)"):
+        _pair(3, 2)[0](torch.zeros(1, 3, 1, 1))
