@@ -164,7 +164,7 @@ def table(costs: Sequence[DepthCost], fits: Sequence[Fit]) -> str:
         term = f" + {fit.slope / 2**20:.2f} {fit.growth}" if fit.r_squared is not None else ""
         quality = "-" if fit.r_squared is None else f"{fit.r_squared:.4f}"
         lines.append(
-            f"| {fit.memory} | {fit.exponent:.2f} | {fit.growth} | {fit.offset / 2**20:.1f}{term} | {quality} |"
+            f"| {fit.memory} | {round(fit.exponent, 2) + 0.0:.2f} | {fit.growth} | {fit.offset / 2**20:.1f}{term} | {quality} |"
         )
     return "\n".join(lines)
 
@@ -187,13 +187,18 @@ def draw_depths(costs: Sequence[DepthCost], fits: Sequence[Fit], file: str | Pat
         depth = np.array([cost.depth for cost in mine], float)
         fine = np.geomspace(depth.min(), depth.max(), 100)
         line = (fit.offset + fit.slope * GROWTH[fit.memory][1](fine)) / 2**20
-        memory_axes.plot(depth, [cost.peak / 2**20 for cost in mine], "o", color=f"C{i}")
-        memory_axes.plot(fine, line, "-", lw=1, color=f"C{i}", label=f"{fit.memory}: ~ L^{fit.exponent:.2f}")
+        # hollow and dashed, so that what lies under it is seen
+        marker, style = (("o", "-"), ("o", "-"), ("o", "-"), ("s", "--"))[i]
+        dots = {"ls": "", "marker": marker, "color": f"C{i}", "mfc": "none" if style == "--" else None, "ms": 5 + i}
+        memory_axes.plot(depth, [cost.peak / 2**20 for cost in mine], **dots)
+        term = "" if fit.r_squared is None else f" + {fit.slope / 2**20:.2f} {fit.growth}"
+        label = f"{fit.memory}: {fit.offset / 2**20:.1f}{term}"
+        memory_axes.plot(fine, line, style, lw=1, color=f"C{i}", label=label)
         ratios = [cost.flops / stored[cost.depth] for cost in mine]
         slope, offset = np.polyfit(np.log2(depth), ratios, 1)
         label = f"{fit.memory}: {offset:.2f}" + (f" + {slope:.2f} log2(L)" if abs(slope) > 0.005 else "")
-        work_axes.plot(depth, ratios, "o", color=f"C{i}")
-        work_axes.plot(fine, offset + slope * np.log2(fine), "-", lw=1, color=f"C{i}", label=label)
+        work_axes.plot(depth, ratios, **dots)
+        work_axes.plot(fine, offset + slope * np.log2(fine), style, lw=1, color=f"C{i}", label=label)
     memory_axes.set(yscale="log", ylabel="peak memory of activations, MiB", title="memory")
     work_axes.set(ylabel="FLOPs, relative to store", title="computation")
     for axes in (memory_axes, work_axes):
