@@ -1,0 +1,48 @@
+"""Removes small false finds from a label map."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from scipy import ndimage
+
+__all__ = ["KeepLargePiecesd"]
+
+
+class KeepLargePiecesd(MapTransform):
+    """Set connected pieces of foreground that are small beside the largest one to background.
+
+    Args:
+        keys: label maps ``(1, D, H, W)``; every value but 0 is foreground.
+        share: least size of a piece relative to the largest; 0 keeps all, 1 the largest alone.
+
+    Raises:
+        ValueError: if the share is not between 0 and 1.
+    """
+
+    def __init__(self, keys: KeysCollection, share: float = 0.1) -> None:
+        super().__init__(keys)
+        if not 0 <= share <= 1:
+            raise ValueError(f"share is {share}, expected a number between 0 and 1")
+        self.share = share
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the maps with fewer pieces; shape, dtype and metadata stay."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            labels = d[key]
+            values = labels.as_tensor() if isinstance(labels, MetaTensor) else labels
+            # voxels that touch at a face alone are one piece
+            pieces, n_pieces = ndimage.label(values[0].cpu().numpy() > 0)
+            if n_pieces > 1:
+                sizes = np.bincount(pieces.ravel())
+                sizes[0] = 0
+                keep = torch.from_numpy(sizes >= self.share * sizes.max())[torch.from_numpy(pieces).long()]
+                d[key] = labels * keep[None].to(values)
+        return d
