@@ -1,6 +1,7 @@
 """Instance norm and leaky ReLU as one operation that keeps its output alone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from monai.networks.blocks import ADN
@@ -50,8 +51,9 @@ class NormLeakyReLU(ADN):
         """Compute both at once."""
         if x[0, 0].numel() == 1:
             raise ValueError(f"instance norm needs more than one voxel, got an input of shape {tuple(x.shape)}")
-        norm = self.N
-        return _NormLeakyReLU.apply(x, norm.weight, norm.bias, norm.eps, self.A.negative_slope)
+        norm: Any = self.N
+        act: Any = self.A
+        return _NormLeakyReLU.apply(x, norm.weight, norm.bias, norm.eps, act.negative_slope)
 
 
 class _NormLeakyReLU(torch.autograd.Function):
@@ -94,4 +96,4 @@ class _NormLeakyReLU(torch.autograd.Function):
 
 
 def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(parts).sum(0)
+    return torch.stack(list(parts)).sum(0)

@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,12 +124,14 @@ def compare_strategies(
     def step(net: MoDL) -> None:
         net(*data).abs().square().mean().backward()
 
-    peaks, gradients, times = {}, {}, {name: [] for name in networks}
+    peaks: dict[str, int] = {}
+    gradients: dict[str, torch.Tensor] = {}
+    times: dict[str, list[float]] = {name: [] for name in networks}
     for name, net in networks.items():
         step(net)
         net.zero_grad(set_to_none=True)
-        peaks[name] = peak_live_bytes(lambda net=net: step(net), net.parameters(), device)
-        gradients[name] = torch.cat([p.grad.flatten() for p in net.parameters()])
+        peaks[name] = peak_live_bytes(partial(step, net), net.parameters(), device)
+        gradients[name] = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     for _ in range(rounds):
         for name, net in networks.items():
             net.zero_grad(set_to_none=True)

@@ -96,6 +96,7 @@ class Regularization(_Step):
             raise ValueError(f"{type(residual).__name__} has no attribute halo, which tiles need; give tile=None")
         self.residual = residual
         self.tile = tile
+        self.halo: int = getattr(residual, "halo", 0)
         self.inverse_iterations = inverse_iterations
         self.drift_tolerance = drift_tolerance
 
@@ -111,7 +112,7 @@ class Regularization(_Step):
         if self.tile is None:
             residual = self.residual(channels)
         else:
-            residual = run_in_tiles(self.residual, channels, self.residual.halo, self.tile)
+            residual = run_in_tiles(self.residual, channels, self.halo, self.tile)
         # Physics stays in float32 whatever the precision of the network.
         residual = residual.to(x.real.dtype).movedim(1, -1).contiguous()
         return [x + torch.view_as_complex(residual), *state[1:]]
