@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import inspect
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -16,10 +18,11 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
+from torch import distributed
 
 from memnet.allocation import keep_freed_memory
 
-__all__ = ["bundle_root", "check_overrides", "input_error", "one_line_errors", "start"]
+__all__ = ["bundle_root", "check_overrides", "end", "input_error", "one_line_errors", "start"]
 
 # ids that MONAI itself adds to a config
 _OF_MONAI = {"_meta_", "tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "tracking"}
@@ -43,6 +46,26 @@ def start() -> str:
         check_overrides(workflow)
         _read_words(workflow)
     return bundle_root()
+
+
+def end() -> None:
+    """End a run of several processes: leave the process group and, in ``python -m monai.bundle``, the process itself.
+
+    A DistributedDataParallel network keeps Gloo's threads alive past ``destroy_process_group``; those that still hold a tensor
+    when the interpreter is taken down abort the process at times (https://github.com/pytorch/pytorch/pull/179291), and the
+    launcher reports a finished training as failed. So the interpreter is not taken down: what is registered to run at exit
+    runs, and the process exits.
+    """
+    if not distributed.is_initialized():
+        return
+    distributed.barrier()
+    distributed.destroy_process_group()
+    if _is_command():
+        atexit._run_exitfuncs()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def bundle_root() -> str:

@@ -1,6 +1,7 @@
 """A chain of blocks and its memory strategy: what backpropagation keeps, and how the rest is brought back."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
@@ -9,9 +10,9 @@ from monai.data import MetaTensor
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from memnet.grid import as_stream, check_range, round_to_grid
+from memnet.grid import OutOfRangeError, as_stream, check_range, round_to_grid
 from memnet.invertible import DriftError, Invertible, Recorded
-from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
+from memnet.recompute import Gradients, Replay, SideEffects, accumulate, replay_with_grad
 
 __all__ = ["Chain", "Memory", "set_memory"]
 
@@ -45,7 +46,10 @@ class Chain(nn.ModuleList):
         ValueError: there are no blocks, ``memory`` is unknown or does not fit the blocks, ``segment`` is less than 1,
             ``on_drift`` is unknown, or blocks disagree on ``fraction_bits``.
         memnet.DriftError: at run time under ``invert``, see ``on_drift``.
-        OverflowError: at run time under ``invert``, when a stream leaves the range of the grid (see :mod:`memnet.grid`).
+
+    Warns:
+        UserWarning: under ``invert``, a stream is not finite or leaves the range of its grid (see :mod:`memnet.grid`), in
+            which inversion is exact. That step runs, once more, with ``checkpoint``: exact too, in more memory.
 
     References:
         Training deep nets with sublinear memory cost (Chen et al., 2016), https://arxiv.org/abs/1604.06174
@@ -335,7 +339,17 @@ def _needed(ctx, state_gradients: Sequence[torch.Tensor | None], found: Gradient
 def _invert(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     parameters = list(chain.parameters())
     basket: _Basket = []
-    return _HandOver.apply(basket, *_Invert.apply(chain, basket, len(state), parameters, *state, *parameters))
+    before = SideEffects(chain, state)
+    try:
+        return _HandOver.apply(basket, *_Invert.apply(chain, basket, len(state), parameters, *state, *parameters))
+    except OutOfRangeError as error:
+        warnings.warn(
+            f'{error}; such a step is trained with memory="checkpoint", which is as exact and needs more memory. A lower '
+            "learning rate, normalised branches or a coarser grid (smaller fraction_bits) keep streams in range.",
+            stacklevel=2,
+        )
+    before.undo()
+    return _checkpoint(chain, state)
 
 
 def _checkpoint(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -2,10 +2,10 @@
 
 import torch
 
-__all__ = ["add_on_grid", "as_stream", "check_range", "grid_step", "round_to_grid", "stream_limit"]
+__all__ = ["OutOfRangeError", "add_on_grid", "as_stream", "check_range", "grid_step", "round_to_grid", "stream_limit"]
 
-FRACTION_BITS = 16
-"""Default grid: multiples of 2^-16 in float32, which holds streams of magnitude below 2^(24-16) = 256."""
+FRACTION_BITS = 14
+"""Default grid: multiples of 2^-14 in float32, which holds streams of magnitude below 2^(24-14) = 1024."""
 
 _SIGNIFICAND_BITS = 24  # of float32
 _EXTRA_FRACTION_BITS_FLOAT64 = 29  # 53 - 24: float64 has the same range on a finer grid
@@ -97,6 +97,10 @@ class _AddOnGrid(torch.autograd.Function):
         return gradient, (gradient if ctx.sign == 1 else gradient * ctx.sign).to(ctx.dtype), None, None
 
 
+class OutOfRangeError(OverflowError):
+    """A residual stream is not finite, or too large for its grid; a chain answers by keeping checkpoints instead."""
+
+
 def check_range(magnitudes: list[torch.Tensor], fraction_bits: int) -> None:
     """Refuse streams that left the range in which the grid is exact.
 
@@ -105,15 +109,10 @@ def check_range(magnitudes: list[torch.Tensor], fraction_bits: int) -> None:
         fraction_bits: ``k``; the limit is ``2^(24-k)``.
 
     Raises:
-        OverflowError: a stream is not finite, or as large as the limit.
+        OutOfRangeError: a stream is not finite, or as large as the limit.
     """
     if not magnitudes:
         return
-    largest = torch.stack([m.double() for m in magnitudes]).amax().item()
-    if largest < stream_limit(fraction_bits):
-        return
-    raise OverflowError(
-        f"a residual stream reached a magnitude of {largest:g}, outside the range +-{stream_limit(fraction_bits):g} in which "
-        f"fraction_bits={fraction_bits} makes inversion exact. Lower the learning rate or normalise the branches, "
-        f'use a coarser grid (fraction_bits={fraction_bits - 2}), or train with memory="checkpoint".'
-    )
+    limit = stream_limit(fraction_bits)
+    if not torch.stack([m.double() for m in magnitudes]).amax().item() < limit:
+        raise OutOfRangeError(f"a residual stream left the range +-{limit:g} of fraction_bits={fraction_bits}")

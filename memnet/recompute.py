@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Replay", "replay_with_grad"]
+__all__ = ["Replay", "SideEffects", "replay_with_grad"]
 
 Gradients = dict[nn.Parameter, torch.Tensor]
 PullBack = Callable[[Sequence[torch.Tensor | None]], tuple[list[torch.Tensor | None], Gradients]]
@@ -86,6 +86,29 @@ class Replay:
             for device_type, enabled, dtype in self._autocast:
                 stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
             return _as_tuple(torch.func.functional_call(self.module, substitutes, inputs, tie_weights=False))
+
+
+class SideEffects:
+    """What a call may change besides its outputs, noted before the call: batch statistics and random generators.
+
+    Args:
+        module: the module that will be called.
+        inputs: its inputs.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
+        self._module = module
+        self._buffers = _training_buffers(module)
+        self._random = _random_state(inputs)
+
+    def undo(self) -> None:
+        """Set them back to what they were."""
+        cpu, cuda = self._random
+        torch.set_rng_state(cpu)
+        for device, state in cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        for name, buffer in self._buffers.items():
+            self._module.get_buffer(name).copy_(buffer)
 
 
 def replay_with_grad(

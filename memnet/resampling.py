@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memnet.grid import FRACTION_BITS, as_stream, grid_step, round_to_grid
+from memnet.grid import FRACTION_BITS, OutOfRangeError, as_stream, grid_step, round_to_grid
 from memnet.invertible import Invertible, Recorded
 from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
 
@@ -242,9 +242,8 @@ class _Resampling(Invertible):
         """Return how many grid steps an inverse is off, as int8."""
         steps = (x - inverted).div_(step)
         if not torch.linalg.vector_norm(steps, float("inf")).item() <= 127:
-            raise OverflowError(
-                f"{type(self).__name__}: the inverse is more than 127 grid steps off, the streams are too large for "
-                f'fraction_bits={self.fraction_bits}. Use a coarser grid or memory="checkpoint".'
+            raise OutOfRangeError(
+                f"a residual stream is too large to be resampled with fraction_bits={self.fraction_bits}"
             )
         return steps.to(torch.int8)
 

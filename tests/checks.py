@@ -8,6 +8,7 @@ from monai.networks.layers.factories import Conv
 from torch import nn
 
 from memnet import AdditiveCoupling, Chain, ChannelMerge, ChannelSplit, Memory
+from memnet.grid import FRACTION_BITS
 from memnet.live_memory import peak_live_bytes
 
 torch.backends.cudnn.deterministic = True
@@ -24,7 +25,9 @@ def branch(channels: int = 3, spatial_dims: int = 1, *more: nn.Module) -> nn.Seq
     return nn.Sequential(nn.GroupNorm(1, channels), nn.LeakyReLU(), conv, *more)
 
 
-def couplings(n_blocks: int, make: Callable[[], nn.Module] = branch, fraction_bits: int | None = 16) -> Chain:
+def couplings(
+    n_blocks: int, make: Callable[[], nn.Module] = branch, fraction_bits: int | None = FRACTION_BITS
+) -> Chain:
     """A chain of additive couplings with branches of one's own."""
     return Chain([AdditiveCoupling(make(), make(), fraction_bits) for _ in range(n_blocks)])
 
