@@ -1,0 +1,317 @@
+"""Reads and writes Cartesian raw data as ISMRMRD, the format of mridata.org and OCMR."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+import h5py
+import numpy as np
+
+__all__ = ["RawData", "read_ismrmrd", "write_ismrmrd"]
+
+logger = logging.getLogger("memnet")
+
+_NAMESPACE = "{http://www.ismrm.org/ISMRMRD}"
+_COUNTERS = "kspace_encode_step_1 kspace_encode_step_2 average slice contrast phase repetition set segment".split()
+_INDEX = np.dtype([(name, "<u2") for name in _COUNTERS] + [("user", "<u2", 8)])
+_HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("flags", "<u8"),
+        ("measurement_uid", "<u4"),
+        ("scan_counter", "<u4"),
+        ("acquisition_time_stamp", "<u4"),
+        ("physiology_time_stamp", "<u4", 3),
+        ("number_of_samples", "<u2"),
+        ("available_channels", "<u2"),
+        ("active_channels", "<u2"),
+        ("channel_mask", "<u8", 16),
+        ("discard_pre", "<u2"),
+        ("discard_post", "<u2"),
+        ("center_sample", "<u2"),
+        ("encoding_space_ref", "<u2"),
+        ("trajectory_dimensions", "<u2"),
+        ("sample_time_us", "<f4"),
+        ("position", "<f4", 3),
+        ("read_dir", "<f4", 3),
+        ("phase_dir", "<f4", 3),
+        ("slice_dir", "<f4", 3),
+        ("patient_table_position", "<f4", 3),
+        ("idx", _INDEX),
+        ("user_int", "<i4", 8),
+        ("user_float", "<f4", 8),
+    ]
+)
+# readouts that are no image data: noise, navigators, phase correction, feedback, dummies, surface coil correction
+_NOT_IMAGE = sum(1 << (flag - 1) for flag in (19, 23, 24, 26, 27, 28, 29, 30, 31))
+_CALIBRATION_ALONE = 1 << (20 - 1)
+_REVERSED = 1 << (22 - 1)
+
+
+@dataclass(frozen=True)
+class RawData:
+    """Cartesian k-space with what an image needs to be placed in space.
+
+    Attributes:
+        kspace: complex64 ``(frames, coils, x, y, z)``, x along the readout; zero where nothing was sampled; the zero
+            frequency lies at index ``n // 2``.
+        sampled: bool ``(frames, y, z)``.
+        affine: of the image ``(x, y, z)``, ``(4, 4)``, mm, RAS+.
+    """
+
+    kspace: np.ndarray
+    sampled: np.ndarray
+    affine: np.ndarray
+
+
+def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
+    """Read an ISMRMRD file of one Cartesian 3D volume, or of the frames of a 2D slice.
+
+    Readouts of the same place, as averages, are averaged. Cardiac phases or repetitions are the frames. Of several contrasts
+    or sets the first is taken. Readout oversampling is removed. Noise scans, navigators and their like are left out.
+
+    Args:
+        path: the ``.h5`` file.
+        slice_index: which slice of several; the middle one if ``None``.
+
+    Returns:
+        The data.
+
+    Raises:
+        ValueError: the file is missing, damaged, no ISMRMRD, not Cartesian, lacks header fields, holds samples that are not
+            finite or coils that are all zero, or has no such slice.
+
+    References:
+        ISMRM Raw data format: a proposed standard for MRI raw datasets (Inati et al., 2017),
+        https://doi.org/10.1002/mrm.26089
+    """
+    path = Path(path)
+    xml, heads, data = _read_hdf5(path)
+    matrix, fov, recon_x, recon_fov_x, centres = _encoding(path, xml)
+    chosen = (heads["flags"] & np.uint64(_NOT_IMAGE)) == 0
+    chosen &= (heads["flags"] & np.uint64(_CALIBRATION_ALONE)) == 0
+    for name in ("contrast", "set"):
+        values = np.unique(heads["idx"][name][chosen])
+        if len(values) > 1:
+            logger.warning("%s: has %d values of %s, the first is taken", path, len(values), name)
+            chosen &= heads["idx"][name] == values[0]
+    chosen &= _of_slice(path, heads["idx"]["slice"], chosen, slice_index)
+    heads, data = heads[chosen], data[chosen]
+    if not len(heads):
+        raise ValueError(f"{path}: holds no readout of image data")
+    frames = _frames(path, heads["idx"])
+    index = [
+        heads["idx"][f"kspace_encode_step_{i}"].astype(int) - centre + n // 2
+        for i, centre, n in zip((1, 2), centres, matrix[1:], strict=True)
+    ]
+    for name, values, n in zip("yz", index, matrix[1:], strict=True):
+        if values.min() < 0 or values.max() >= n:
+            raise ValueError(
+                f"{path}: phase encoding along {name} reaches from {values.min()} to {values.max()} where its header has "
+                f"{n} steps; is the order of the dimensions another one?"
+            )
+    n_coils = int(heads["active_channels"][0])
+    if (heads["active_channels"] != n_coils).any():
+        raise ValueError(f"{path}: the number of coils changes between readouts")
+    kspace = np.zeros((frames.max() + 1, *matrix[1:], n_coils, matrix[0]), dtype=np.complex64)
+    count = np.zeros(kspace.shape[:3], dtype=np.uint16)
+    for head, values, frame, y, z in zip(heads, data, frames, *index, strict=True):
+        kspace[frame, y, z] += _readout(path, head, values, n_coils, matrix[0])
+        count[frame, y, z] += 1
+    if not np.isfinite(kspace).all():
+        raise ValueError(f"{path}: holds samples that are not finite numbers")
+    dead = [c for c in range(n_coils) if not kspace[..., c, :].any()]
+    if dead:
+        raise ValueError(f"{path}: coil {dead[0]} of {n_coils} is zero throughout; leave it out of the file")
+    kspace /= np.maximum(count, 1)[..., None, None]
+    kspace = np.ascontiguousarray(kspace.transpose(0, 3, 4, 1, 2))
+    wanted = round(matrix[0] * recon_fov_x / fov[0])
+    if recon_x < matrix[0] and wanted < matrix[0]:
+        kspace, fov[0] = _crop_readout(kspace, wanted), recon_fov_x
+    return RawData(kspace, count > 0, _affine(path, heads[0], kspace.shape[2:], fov))
+
+
+def write_ismrmrd(
+    path: str | Path, kspace: np.ndarray, sampled: np.ndarray, affine: np.ndarray, note: str = ""
+) -> None:
+    """Write Cartesian k-space as ISMRMRD, completely or not at all.
+
+    Args:
+        path: the ``.h5`` file.
+        kspace: see :class:`RawData`.
+        sampled: see :class:`RawData`; what is false is not written.
+        affine: see :class:`RawData`; its axes must be orthogonal, and right-handed ones are kept.
+        note: how the data came to be, for the header.
+    """
+    path = Path(path)
+    n_frames, n_coils, *matrix = kspace.shape
+    axes = np.diag([-1.0, -1, 1, 1]) @ affine  # ISMRMRD counts to the left and to the back
+    voxel = np.linalg.norm(axes[:3, :3], axis=0)
+    frames, y, z = np.nonzero(sampled)
+    rows = np.zeros(
+        len(frames), dtype=[("head", _HEADER), ("traj", h5py.vlen_dtype("<f4")), ("data", h5py.vlen_dtype("<f4"))]
+    )
+    heads = rows["head"]
+    heads["version"], heads["number_of_samples"], heads["center_sample"] = 1, matrix[0], matrix[0] // 2
+    heads["available_channels"] = heads["active_channels"] = n_coils
+    heads["position"] = (axes @ [*(n // 2 for n in matrix), 1])[:3]
+    for name, axis in zip(("read_dir", "phase_dir", "slice_dir"), (axes[:3, :3] / voxel).T, strict=True):
+        heads[name] = axis
+    heads["scan_counter"] = np.arange(len(frames))
+    heads["idx"]["kspace_encode_step_1"], heads["idx"]["kspace_encode_step_2"] = y, z
+    heads["idx"]["phase"] = frames
+    for i, place in enumerate(zip(frames, y, z, strict=True)):
+        readout = np.ascontiguousarray(kspace[place[0], :, :, place[1], place[2]], dtype=np.complex64)
+        rows["data"][i], rows["traj"][i] = readout.view(np.float32).ravel(), np.zeros(0, np.float32)
+
+    def space(name: str) -> str:
+        def block(tag: str, values: Any) -> str:
+            return f"<{tag}>" + "".join(f"<{a}>{v}</{a}>" for a, v in zip("xyz", values, strict=True)) + f"</{tag}>"
+
+        fov = [float(n * v) for n, v in zip(matrix, voxel, strict=True)]
+        return f"<{name}>{block('matrixSize', matrix)}{block('fieldOfView_mm', fov)}</{name}>"
+
+    def limit(name: str, n: int) -> str:
+        return f"<{name}><minimum>0</minimum><maximum>{n - 1}</maximum><center>{n // 2}</center></{name}>"
+
+    xml = (
+        '<?xml version="1.0"?><ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">'
+        f"<studyInformation><studyDescription>{escape(note)}</studyDescription></studyInformation>"
+        "<experimentalConditions><H1resonanceFrequency_Hz>123000000</H1resonanceFrequency_Hz></experimentalConditions>"
+        f"<encoding>{space('encodedSpace')}{space('reconSpace')}<encodingLimits>"
+        f"{limit('kspace_encoding_step_1', matrix[1])}{limit('kspace_encoding_step_2', matrix[2])}"
+        f"{limit('phase', n_frames)}</encodingLimits><trajectory>cartesian</trajectory></encoding></ismrmrdHeader>"
+    )
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        with h5py.File(partial, "w") as file:
+            file.create_dataset("dataset/xml", data=[xml.encode()], dtype=h5py.string_dtype())
+            file["dataset"].create_dataset("data", data=rows, maxshape=(None,), chunks=True)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_hdf5(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with h5py.File(path, "r") as file:
+            if "dataset" not in file or not {"xml", "data"} <= set(file["dataset"]):
+                raise ValueError(
+                    f"{path}: an HDF5 file, but no ISMRMRD (it has {', '.join(file) or 'nothing'}, expected dataset/xml and "
+                    "dataset/data)"
+                )
+            xml, rows = np.ravel(file["dataset/xml"][()])[0], file["dataset/data"][()]
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{path}: not an HDF5 file, or damaged ({error})") from error
+    if rows.dtype.names is None or not {"head", "data"} <= set(rows.dtype.names):
+        raise ValueError(f"{path}: dataset/data holds no ISMRMRD readouts")
+    return xml if isinstance(xml, bytes) else str(xml).encode(), rows["head"], rows["data"]
+
+
+def _encoding(path: Path, xml: bytes) -> tuple[list[int], list[float], int, float, list[int]]:
+    """Return the encoded matrix and field of view (mm), the reconstructed ones of the readout, and the central steps."""
+    try:
+        encoding = ElementTree.fromstring(xml).find(f"{_NAMESPACE}encoding")
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{path}: its header is no XML ({error})") from error
+
+    def read(*names: str, default: str | None = None) -> str:
+        found = None if encoding is None else encoding.findtext("/".join(_NAMESPACE + name for name in names))
+        if found is None and default is None:
+            raise ValueError(f"{path}: its header lacks encoding/{'/'.join(names)}")
+        return str(default if found is None else found)
+
+    trajectory = read("trajectory")
+    if trajectory.lower() != "cartesian":
+        raise ValueError(f"{path}: its trajectory is {trajectory}; only cartesian data can be reconstructed")
+    matrix = [int(read("encodedSpace", "matrixSize", axis)) for axis in "xyz"]
+    fov = [float(read("encodedSpace", "fieldOfView_mm", axis)) for axis in "xyz"]
+    if min(matrix) < 1 or min(fov) <= 0:
+        raise ValueError(f"{path}: its header has a matrix of {matrix} and a field of view of {fov} mm")
+    limits = ("encodingLimits", "kspace_encoding_step_{}", "center")
+    centres = [
+        int(read(*(name.format(i) for name in limits), default=str(n // 2)))
+        for i, n in zip((1, 2), matrix[1:], strict=True)
+    ]
+    recon = ("reconSpace", "matrixSize", "x"), ("reconSpace", "fieldOfView_mm", "x")
+    return (
+        matrix,
+        fov,
+        int(read(*recon[0], default=str(matrix[0]))),
+        float(read(*recon[1], default=str(fov[0]))),
+        centres,
+    )
+
+
+def _of_slice(path: Path, slices: np.ndarray, chosen: np.ndarray, index: int | None) -> np.ndarray:
+    there = np.unique(slices[chosen])
+    if index is None:
+        index = int(there[len(there) // 2]) if len(there) else 0
+        if len(there) > 1:
+            logger.warning("%s: has %d slices, slice %d is taken", path, len(there), index)
+    elif len(there) and index not in there:
+        raise ValueError(f"{path}: has no slice {index}; its slices are {', '.join(map(str, there))}")
+    return slices == index
+
+
+def _frames(path: Path, counters: np.ndarray) -> np.ndarray:
+    varying = [name for name in ("phase", "repetition") if len(np.unique(counters[name])) > 1]
+    if len(varying) > 1:
+        raise ValueError(
+            f"{path}: has several cardiac phases and several repetitions; one of the two can be the frames"
+        )
+    return counters[varying[0]].astype(int) if varying else np.zeros(len(counters), dtype=int)
+
+
+def _readout(path: Path, head: np.void, values: np.ndarray, n_coils: int, n: int) -> np.ndarray:
+    """Return the samples ``(coils, n)`` of one readout with its centre at index ``n // 2``."""
+    n_samples = int(head["number_of_samples"])
+    if len(values) != 2 * n_coils * n_samples:
+        raise ValueError(
+            f"{path}: a readout holds {len(values)} numbers, expected {2 * n_coils * n_samples} of {n_coils} coils and "
+            f"{n_samples} complex samples"
+        )
+    samples = np.ascontiguousarray(values).view(np.complex64).reshape(n_coils, n_samples)
+    centre = int(head["center_sample"])
+    if int(head["flags"]) & _REVERSED:
+        samples, centre = samples[:, ::-1], n_samples - 1 - centre
+    taken = slice(int(head["discard_pre"]), n_samples - int(head["discard_post"]))
+    start = n // 2 - centre + taken.start
+    samples = samples[:, taken]
+    if start < 0 or start + samples.shape[1] > n:
+        raise ValueError(
+            f"{path}: a readout of {n_samples} samples with its centre at {centre} does not fit the {n} of the header; is the "
+            "order of the dimensions another one?"
+        )
+    readout = np.zeros((n_coils, n), dtype=np.complex64)
+    readout[:, start : start + samples.shape[1]] = samples
+    return readout
+
+
+def _crop_readout(kspace: np.ndarray, wanted: int) -> np.ndarray:
+    """Cut the field of view along the readout, dimension 2, to its central part."""
+    shifted = np.fft.ifftshift(kspace, 2)
+    image = np.fft.fftshift(np.fft.ifft(shifted, axis=2, norm="ortho"), 2)
+    start = kspace.shape[2] // 2 - wanted // 2
+    image = np.fft.ifftshift(image[:, :, start : start + wanted], 2)
+    return np.fft.fftshift(np.fft.fft(image, axis=2, norm="ortho"), 2).astype(np.complex64)
+
+
+def _affine(path: Path, head: np.void, matrix: tuple[int, ...], fov: list[float]) -> np.ndarray:
+    """Return the affine, RAS+, of the image whose voxel ``n // 2`` lies at the header's position."""
+    axes = np.stack([head[name] for name in ("read_dir", "phase_dir", "slice_dir")], 1).astype(float)
+    affine = np.eye(4)
+    if not np.isfinite(axes).all() or abs(np.linalg.det(axes)) < 0.5:
+        logger.warning("%s: has no directions of the axes; the image gets those of the scanner", path)
+        axes = np.eye(3)
+    affine[:3, :3] = axes * (np.array(fov) / matrix)
+    affine[:3, 3] = head["position"] - affine[:3, :3] @ [n // 2 for n in matrix]
+    return np.diag([-1.0, -1, 1, 1]) @ affine

@@ -1,0 +1,175 @@
+"""Raw data: what is written comes back in its place, and what cannot be reconstructed is refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from memnet.datasets.ismrmrd import RawData, read_ismrmrd, write_ismrmrd
+
+AFFINE = np.array([[0, -0.9, 0, 20], [1.1, 0, 0, -30], [0, 0, 1.3, 5], [0, 0, 0, 1]], dtype=float)
+
+
+@pytest.fixture
+def raw() -> RawData:
+    rng = np.random.default_rng(0)
+    kspace = (rng.normal(size=(2, 3, 8, 6, 5)) + 1j * rng.normal(size=(2, 3, 8, 6, 5))).astype(np.complex64)
+    sampled = rng.uniform(size=(2, 6, 5)) < 0.7
+    return RawData(kspace * sampled[:, None, None], sampled, AFFINE)
+
+
+@pytest.fixture
+def file(raw: RawData, tmp_path: Path) -> Path:
+    path = tmp_path / "raw.h5"
+    write_ismrmrd(path, raw.kspace, raw.sampled, raw.affine, "noise & <nothing>")
+    return path
+
+
+def edit(path: Path, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
+    with h5py.File(path, "r+") as file:
+        rows = file["dataset/data"][()]
+        changed = change(rows)
+        del file["dataset/data"]
+        file["dataset"].create_dataset("data", data=rows if changed is None else changed)
+
+
+def edit_xml(path: Path, old: str, new: str) -> None:
+    with h5py.File(path, "r+") as file:
+        xml = file["dataset/xml"][0].decode()
+        assert old in xml
+        file["dataset/xml"][0] = xml.replace(old, new)
+
+
+def test_what_is_written_comes_back(raw: RawData, file: Path) -> None:
+    back = read_ismrmrd(file)
+    np.testing.assert_array_equal(back.kspace, raw.kspace)
+    np.testing.assert_array_equal(back.sampled, raw.sampled)
+    np.testing.assert_allclose(back.affine, AFFINE, atol=1e-4)
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+def test_repeated_readouts_are_averaged(raw: RawData, file: Path) -> None:
+    def twice(rows: np.ndarray) -> np.ndarray:
+        again = rows.copy()
+        again["data"] = [3 * values for values in again["data"]]
+        return np.concatenate([rows, again])
+
+    edit(file, twice)
+    np.testing.assert_allclose(read_ismrmrd(file).kspace, 2 * raw.kspace, rtol=1e-6)
+
+
+def test_noise_scans_and_navigators_are_left_out(raw: RawData, file: Path) -> None:
+    def add(rows: np.ndarray) -> np.ndarray:
+        extra = rows[:2].copy()
+        extra["head"]["flags"] = [1 << 18, 1 << 22]
+        return np.concatenate([extra, rows])
+
+    edit(file, add)
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, raw.kspace)
+
+
+def test_reversed_and_asymmetric_readouts_find_their_place(raw: RawData, file: Path) -> None:
+    def change(rows: np.ndarray) -> None:
+        for i in range(len(rows)):
+            samples = rows["data"][i].view(np.complex64).reshape(3, 8)[:, 2:]
+            rows["data"][i] = np.ascontiguousarray(samples[:, ::-1]).view(np.float32).ravel()
+        rows["head"]["number_of_samples"], rows["head"]["center_sample"] = 6, 6 - 1 - 2
+        rows["head"]["flags"] = 1 << 21
+
+    edit(file, change)
+    expected = raw.kspace.copy()
+    expected[:, :, :2] = 0
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, expected)
+
+
+def test_readout_oversampling_is_removed(tmp_path: Path) -> None:
+    image = np.zeros((16, 4, 4), dtype=np.complex64)
+    image[6:11, 1:3, 2] = 1
+    kspace = np.fft.fftshift(np.fft.fftn(np.fft.ifftshift(image), norm="ortho"))[None, None]
+    write_ismrmrd(tmp_path / "raw.h5", kspace, np.ones((1, 4, 4), bool), np.eye(4))
+    recon = "<reconSpace><matrixSize><x>16</x><y>4</y><z>4</z></matrixSize><fieldOfView_mm><x>16.0</x>"
+    edit_xml(tmp_path / "raw.h5", recon, recon.replace("16", "8"))
+    raw = read_ismrmrd(tmp_path / "raw.h5")
+    cropped = np.fft.fftshift(np.fft.ifftn(np.fft.ifftshift(raw.kspace[0, 0]), norm="ortho"))
+    np.testing.assert_allclose(cropped, image[4:12], atol=1e-6)
+    # a voxel stays where it was
+    np.testing.assert_allclose(raw.affine @ [2, 0, 0, 1], [6, 0, 0, 1], atol=1e-5)
+
+
+def test_one_slice_of_several_is_taken(raw: RawData, file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def add(rows: np.ndarray) -> np.ndarray:
+        others = rows.copy()
+        others["head"]["idx"]["slice"] = 1
+        others["data"] = [2 * values for values in others["data"]]
+        return np.concatenate([rows, others])
+
+    edit(file, add)
+    np.testing.assert_array_equal(read_ismrmrd(file, 0).kspace, raw.kspace)
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, 2 * raw.kspace)
+    assert "2 slices" in caplog.text
+    with pytest.raises(ValueError, match="no slice 7; its slices are 0, 1"):
+        read_ismrmrd(file, 7)
+
+
+def _nan(rows: np.ndarray) -> None:
+    rows["data"][3][5] = np.nan
+
+
+def _dead_coil(rows: np.ndarray) -> None:
+    for values in rows["data"]:
+        values[16:32] = 0
+
+
+def _cut_readout(rows: np.ndarray) -> None:
+    rows["data"][0] = rows["data"][0][:-2]
+
+
+def _swapped(rows: np.ndarray) -> None:
+    steps = rows["head"]["idx"]
+    steps["kspace_encode_step_2"] = steps["kspace_encode_step_1"].copy()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_nan, "not finite"),
+        (_dead_coil, "coil 1 of 3 is zero"),
+        (_cut_readout, "holds 46 numbers, expected 48"),
+        (_swapped, "along z reaches from 0 to 5 where its header has 5"),
+    ],
+)
+def test_damaged_samples_are_refused(file: Path, change: Callable[[np.ndarray], None], message: str) -> None:
+    edit(file, change)
+    with pytest.raises(ValueError, match=message):
+        read_ismrmrd(file)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<trajectory>cartesian</trajectory>", "", "lacks encoding/trajectory"),
+        ("cartesian", "spiral", "trajectory is spiral"),
+        ("matrixSize", "size", "lacks encoding/encodedSpace/matrixSize/x"),
+        ("</ismrmrdHeader>", "", "no XML"),
+        ("<matrixSize><x>8", "<matrixSize><x>4", "does not fit the 4"),
+    ],
+)
+def test_incomplete_headers_are_refused(file: Path, old: str, new: str, message: str) -> None:
+    edit_xml(file, old, new)
+    with pytest.raises(ValueError, match=message):
+        read_ismrmrd(file)
+
+
+def test_other_files_are_refused(file: Path, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other["kspace"] = np.zeros(3)
+    (tmp_path / "text.h5").write_text("no HDF5")
+    (tmp_path / "cut.h5").write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    messages = {"other": "no ISMRMRD .it has kspace", "text": "not an HDF5", "cut": "damaged", "none": "no such file"}
+    for name, message in messages.items():
+        with pytest.raises(ValueError, match=message):
+            read_ismrmrd(tmp_path / f"{name}.h5")
