@@ -11,7 +11,7 @@ from memnet.chain import Chain, Memory, set_memory
 from memnet.couplings import AdditiveCoupling, ChannelMerge, ChannelSplit
 from memnet.invertible import DriftError, Invertible, Recorded
 from memnet.losses import InvResLoss
-from memnet.nets import FullyInvResUNet, MoDL, PartiallyInvResUNet, UNet3D
+from memnet.nets import ESPCN, ESPCNRevNet, FullyInvResUNet, MoDL, PartiallyInvResUNet, UNet3D
 from memnet.nets.modl import DataConsistency, Regularization, ResidualCNN
 from memnet.operators import SenseOperator
 from memnet.resampling import InvertibleDownsample, InvertibleUpsample, OrthogonalMixing, Tap
@@ -22,6 +22,8 @@ from memnet.tiles import run_in_tiles
 __version__ = "0.1.0"
 
 __all__ = [
+    "ESPCN",
+    "ESPCNRevNet",
     "AdditiveCoupling",
     "Chain",
     "ChannelMerge",

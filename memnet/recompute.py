@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["Replay", "SideEffects", "replay_with_grad"]
 
@@ -31,6 +32,7 @@ class Replay:
         self._modes: list[tuple[nn.Module, bool]] = []
         self._autocast: list[tuple[str, bool, torch.dtype]] = []
         self._buffers: dict[str, torch.Tensor] = {}
+        self._statistics: list[str] = []
         self._random: tuple[torch.Tensor, dict[int, torch.Tensor]] | None = None
 
     def first(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -40,7 +42,8 @@ class Replay:
         # Noted now, not looked up later: inside the repetition of a surrounding chain these are that chain's aliases.
         self._parameters = {name: (p, p._version) for name, p in _named_parameters(self.module)}
         self._modes = [(child, child.training) for child in self.module.modules()]
-        self._buffers = _training_buffers(self.module)
+        self._buffers = _training_buffers(self.module, statistics=False)
+        self._statistics = [name for name in _training_buffers(self.module) if name not in self._buffers]
         before = _random_state(inputs)
         with _without_autocast_cache():
             outputs = _as_tuple(self.module(*inputs))
@@ -75,6 +78,7 @@ class Replay:
                 aliases[parameter] = parameter.detach().requires_grad_(parameter.requires_grad)
             substitutes[name] = aliases[parameter]
         substitutes |= {name: buffer.clone() for name, buffer in self._buffers.items()}
+        substitutes |= {name: self.module.get_buffer(name).clone() for name in self._statistics}
         with ExitStack() as stack:
             stack.enter_context(_training_modes(self._modes))
             if self._random is not None:
@@ -175,11 +179,13 @@ def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{prefix}.{name}" if prefix else name, parameter
 
 
-def _training_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+def _training_buffers(module: nn.Module, statistics: bool = True) -> dict[str, torch.Tensor]:
+    """Copy the buffers that a call may change; without batch norm's statistics, which do not change what it computes."""
+    kinds = () if statistics else (_BatchNorm,)
     return {
         f"{prefix}.{name}" if prefix else name: buffer.clone()
         for prefix, child in module.named_modules()
-        if child.training
+        if child.training and not isinstance(child, kinds)
         for name, buffer in child.named_buffers(recurse=False)
     }
 
