@@ -19,7 +19,7 @@ from memnet.legends import LEGENDS
 from memnet.metrics import label_volumes
 from memnet.overlay import draw_overlay
 
-__all__ = ["LabelReport", "TrainingProgress", "image_meta", "middle_planes"]
+__all__ = ["ImageReport", "LabelReport", "TrainingProgress", "image_meta", "middle_planes"]
 
 logger = logging.getLogger("memnet")
 
@@ -54,6 +54,8 @@ class LabelReport:
             volumes = label_volumes(np.asarray(image.dataobj), image.affine, self.legend.volumes)
             logger.info("%s", scan)
             logger.info("  label map  %s", labels)
+            if "segmentation" in meta:
+                logger.info("  DICOM SEG  %s", meta["segmentation"])
             if self.overlay:
                 picture = labels.with_name(labels.name.removesuffix(".gz").removesuffix(".nii") + ".png")
                 draw_overlay(meta.get("shown", scan), labels, picture, self.legend)
@@ -74,6 +76,28 @@ class LabelReport:
             writer.writerows(self.rows)
         partial.replace(target)
         logger.info("volumes of all scans: %s", target)
+
+
+class ImageReport:
+    """Handler that reports where each image was written.
+
+    Args:
+        keys: the entries whose transforms have saved them with ``savepath_in_metadict``; one that a case lacks is passed over.
+    """
+
+    def __init__(self, keys: Sequence[str] = ("pred",)) -> None:
+        self.keys = keys
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the evaluator whose postprocessing saves the images."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
+
+    def _report(self, engine: Engine) -> None:
+        for case in cast(list[dict[str, Any]], engine.state.output):
+            saved = [case[key].meta for key in self.keys if key in case]
+            logger.info("%s", saved[0]["filename_or_obj"])
+            for meta in saved:
+                logger.info("  %s", meta["saved_to"])
 
 
 class TrainingProgress(ProgressBar):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -32,17 +32,17 @@ _HOW = {
     "labelled tumours": (
         "no data set: give --dataset_dir FOLDER (BraTS 2020, BraTS-GLI) or --datalist FILE.json (Decathlon format)"
     ),
+    "raw data": "no input: give --image FILE.h5 (ISMRMRD) or --dataset_dir FOLDER",
+    "fully sampled raw data": "no data set: give --dataset_dir FOLDER (ISMRMRD .h5, or NIfTI to simulate raw data from)",
 }
 
 
-def require_cases(
-    cases: Sized, kind: Literal["scans", "labelled cases", "scans of tumours", "labelled tumours"]
-) -> None:
+def require_cases(cases: Sized, kind: str) -> None:
     """Refuse to run on nothing; a config without input can still be read, checked and exported.
 
     Args:
         cases: data set or list.
-        kind: what its cases are.
+        kind: what its cases are: a word of the table above.
 
     Raises:
         ValueError: if it is empty, saying how to name the input.

@@ -1,0 +1,336 @@
+"""Dictionary transforms from a file of raw data to the network's input, and from its output to an image in space."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.apps.reconstruction.transforms.array import KspaceMask
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, RandomizableTransform, Transform
+
+from memnet.coils import calibration_region, compress_coils, espirit_maps
+from memnet.datasets.ismrmrd import read_ismrmrd
+from memnet.fourier import kspace_to_image
+from memnet.nets.packed import pack
+from memnet.operators import SenseOperator
+from memnet.simulation import simulate_movie, simulate_volume
+
+__all__ = [
+    "CombineCoilsd",
+    "CompareMagnitudesd",
+    "CompressCoilsd",
+    "EstimateMapsd",
+    "LoadKspaced",
+    "PackKspaced",
+    "RandSlabd",
+    "RandUndersampled",
+    "ScaleKspaced",
+    "ToVolumed",
+]
+
+Data = Mapping[Hashable, Any]
+
+_LEAST_SAMPLED = 0.7  # of a reference: an ellipse takes 0.785 of its rectangle
+
+
+class LoadKspaced(MapTransform):
+    """Load raw data; the readout of a volume becomes slices, by an inverse Fourier transform.
+
+    An ISMRMRD file is read, see :func:`memnet.datasets.ismrmrd.read_ismrmrd`. From a NIfTI file of magnitudes fully sampled
+    raw data are simulated, the same every time: of a volume with the first axis as the readout, or of the middle slice of a
+    movie ``(x, y, slice, frame)``, or of the slice that the entry ``slice_index`` names.
+
+    Args:
+        keys: entry with the file's name, which stays as it is.
+        movie: whether a file holds the frames of a 2D slice, rather than a volume.
+        n_coils: coils of simulated data.
+        noise: noise of simulated data, see :func:`memnet.simulation.simulate_volume`.
+
+    Raises:
+        ValueError: the file cannot be read or is of the other kind, naming it.
+    """
+
+    def __init__(self, keys: KeysCollection, movie: bool = False, n_coils: int = 8, noise: float = 0.01) -> None:
+        super().__init__(keys)
+        self.movie, self.n_coils, self.noise = movie, n_coils, noise
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Add ``kspace``, MetaTensor complex64 ``(coils, slices or frames, y, z)``, and ``mask``, bool ``(1, ...)``."""
+        d = dict(data)
+        path, slice_index = Path(d[self.first_key(d)]), d.get("slice_index")
+        if path.name.endswith((".nii", ".nii.gz")):
+            kspace, mask, affine = self._simulate(path, slice_index)
+        else:
+            kspace, mask, affine = self._read(path, slice_index)
+        d["kspace"] = MetaTensor(kspace, torch.from_numpy(affine), meta={"filename_or_obj": str(path)})
+        d["mask"] = mask
+        return d
+
+    def _read(self, path: Path, slice_index: int | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        raw = read_ismrmrd(path, slice_index)
+        kspace, sampled = torch.from_numpy(raw.kspace), torch.from_numpy(raw.sampled)
+        n_frames, n_z = kspace.shape[0], kspace.shape[4]
+        if self.movie and (n_frames == 1 or n_z > 1):
+            raise ValueError(
+                f"{path}: holds {n_frames} frame and {n_z} steps along z; expected the frames of a 2D slice"
+            )
+        if not self.movie and (n_frames > 1 or n_z == 1):
+            raise ValueError(f"{path}: holds {n_frames} frames and {n_z} steps along z; expected one 3D volume")
+        if self.movie:
+            return kspace[..., 0].movedim(0, 1).contiguous(), sampled[None, :, None, :, 0], raw.affine
+        return kspace_to_image(kspace[0], (1,)), sampled[0][None, None], raw.affine
+
+    def _simulate(self, path: Path, slice_index: int | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        try:
+            image = nib.load(path)
+            values = np.asarray(image.dataobj, dtype=np.float32)
+        except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, ValueError) as error:
+            raise ValueError(f"{path}: not a NIfTI file, or damaged ({error})") from error
+        if not np.isfinite(values).all():
+            raise ValueError(f"{path}: holds values that are not finite numbers")
+        if values.ndim != (4 if self.movie else 3):
+            wanted = "a movie (x, y, slice, frame)" if self.movie else "a volume"
+            raise ValueError(f"{path}: has the shape {values.shape}; expected {wanted}")
+        affine = np.asarray(image.affine, dtype=float)
+        seed = zlib.crc32(f"{path.name} {slice_index}".encode())
+        if not self.movie:
+            kspace = simulate_volume(torch.from_numpy(values), self.n_coils, self.noise, seed)
+            return kspace, torch.ones(1, 1, *kspace.shape[2:], dtype=torch.bool), affine
+        index = values.shape[2] // 2 if slice_index is None else slice_index
+        if not 0 <= index < values.shape[2]:
+            raise ValueError(f"{path}: has no slice {index}, but slices 0 to {values.shape[2] - 1}")
+        frames = torch.from_numpy(np.ascontiguousarray(values[:, :, index].transpose(2, 0, 1)))
+        kspace = simulate_movie(frames, self.n_coils, self.noise, seed)
+        affine[:3, 3] += affine[:3, 2] * index
+        return kspace, torch.ones(1, kspace.shape[1], 1, kspace.shape[3], dtype=torch.bool), affine
+
+
+class CompressCoilsd(MapTransform):
+    """Combine coils into fewer virtual ones, see :func:`memnet.coils.compress_coils`.
+
+    Args:
+        keys: k-space.
+        n_coils: virtual coils.
+    """
+
+    def __init__(self, keys: KeysCollection = "kspace", n_coils: int = 8) -> None:
+        super().__init__(keys)
+        self.n_coils = n_coils
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Return the data with compressed k-space."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = _like(compress_coils(_plain(d[key]), self.n_coils), d[key])
+        return d
+
+
+class EstimateMapsd(Transform):
+    """Estimate coil maps from the centre of ``kspace`` and add them as ``csm``, see :func:`memnet.coils.espirit_maps`.
+
+    A mask that changes with the frames is that of a movie: its frames are averaged, each sample over those that took it.
+
+    Args:
+        calibration: side of the region to use at most, samples; less where a gap comes before.
+        kernel: see :func:`memnet.coils.espirit_maps`.
+
+    Raises:
+        ValueError: the centre is not sampled over more than the kernel, naming the file.
+    """
+
+    def __init__(self, calibration: int = 24, kernel: int = 6) -> None:
+        self.calibration, self.kernel = calibration, kernel
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Add ``csm`` complex64, ``(coils, slices, y, z)`` or ``(coils, 1, x, y)`` of a movie."""
+        d = dict(data)
+        kspace, mask = _plain(d["kspace"]), d["mask"].expand(1, d["mask"].shape[1], *d["kspace"].shape[2:])
+        if mask.shape[1] > 1:
+            count = mask.sum(1, keepdim=True)
+            kspace, mask = kspace.sum(1, keepdim=True) / count.clamp_min(1), count > 0
+        region = [min(side, self.calibration) for side in calibration_region(mask[0, 0])]
+        try:
+            d["csm"] = espirit_maps(kspace, region, self.kernel)
+        except ValueError as error:
+            raise ValueError(f"{_file(d)}: {error}") from error
+        return d
+
+
+class CombineCoilsd(Transform):
+    """Add ``label``, the image of fully sampled k-space and its coil maps, to train on or to compare with.
+
+    Raises:
+        ValueError: more is missing than the corners, naming the file.
+    """
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Add ``label`` float32 ``(2, slices or frames, y, z)``, real and imaginary part."""
+        d = dict(data)
+        share = float(d["mask"].float().mean())
+        if share < _LEAST_SAMPLED:
+            raise ValueError(
+                f"{_file(d)}: {100 * share:.0f} % of k-space is sampled; a reference needs fully sampled data"
+            )
+        image = SenseOperator(d["csm"][None], d["mask"][None]).adjoint(_plain(d["kspace"])[None])
+        d["label"] = _like(torch.view_as_real(image[0]).movedim(-1, 0).contiguous(), d["kspace"])
+        return d
+
+
+class RandSlabd(RandomizableTransform, MapTransform):
+    """Cut a slab of consecutive slices at random, centred where there is something to see.
+
+    Args:
+        keys: ``(C, slices, y, z)``; those with one slice stay as they are.
+        slab_size: slices; all of a volume that has no more.
+        source_key: the image whose energy says where there is something: at least a tenth of its brightest slice's.
+    """
+
+    def __init__(self, keys: KeysCollection, slab_size: int, source_key: str = "label") -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, 1.0)
+        self.slab_size, self.source_key = slab_size, source_key
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Return the data with slabs."""
+        d = dict(data)
+        energy = _plain(d[self.source_key]).square().sum((0, 2, 3))
+        n_slices = len(energy)
+        centre = int(self.R.choice(torch.nonzero(energy >= 0.1 * energy.max()).flatten().tolist()))
+        start = max(0, min(centre - self.slab_size // 2, n_slices - self.slab_size))
+        for key in self.key_iterator(d):
+            if d[key].shape[1] > 1:
+                d[key] = d[key][:, start : start + self.slab_size]
+        return d
+
+
+class RandUndersampled(RandomizableTransform):
+    """Throw samples of fully sampled k-space away.
+
+    Args:
+        mask: which ones stay.
+        seed: draw the mask that this seed gives, the same at each call, as in validation; at random if ``None``.
+    """
+
+    def __init__(self, mask: KspaceMask, seed: int | None = None) -> None:
+        RandomizableTransform.__init__(self, 1.0)
+        self.mask, self.seed = mask, seed
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Return the data with less of ``kspace`` and with the new ``mask``.
+
+        Raises:
+            ValueError: the mask cannot be drawn for a file of this size, naming it.
+        """
+        d = dict(data)
+        # one draw of the transform's own generator seeds the mask, so that MONAI's way of seeding reaches it
+        self.mask.set_random_state(seed=int(self.R.randint(2**31)) if self.seed is None else self.seed)
+        try:
+            left, mask = self.mask(_plain(d["kspace"]))
+        except ValueError as error:
+            raise ValueError(f"{_file(d)}: {error}") from error
+        d["kspace"], d["mask"] = _like(left * d["mask"], d["kspace"]), mask & d["mask"]
+        return d
+
+
+class ScaleKspaced(Transform):
+    """Divide k-space, and a reference, by the 99th percentile of the magnitude of the zero-filled image.
+
+    Raises:
+        ValueError: the image is zero, naming the file.
+    """
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Return the scaled data; the factor that undoes it is the entry ``scale`` of the metadata."""
+        d = dict(data)
+        kspace = _plain(d["kspace"])
+        magnitude = SenseOperator(d["csm"][None], d["mask"][None]).adjoint(kspace[None]).abs().flatten()
+        scale = float(magnitude.kthvalue(max(1, round(0.99 * magnitude.numel()))).values) or float(magnitude.max())
+        if not scale:
+            raise ValueError(f"{_file(d)}: its image is zero everywhere")
+        for key in ("kspace", "label"):
+            if key in d:
+                d[key] = d[key] / scale
+        d["kspace"].meta["scale"] = scale
+        return d
+
+
+class PackKspaced(Transform):
+    """Put ``kspace``, ``csm`` and ``mask`` together into ``image``, see :func:`memnet.nets.packed.pack`."""
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Return ``image``, MetaTensor complex64 ``(2 coils + 1, slices or frames, y, z)``, and what else there was."""
+        d = dict(data)
+        kspace = d.pop("kspace")
+        d["image"] = _like(pack(_plain(kspace), d.pop("csm"), d.pop("mask")), kspace)
+        return d
+
+
+class ToVolumed(MapTransform):
+    """Turn a network's output into an image in space, with the scale of the raw data.
+
+    Args:
+        keys: real and imaginary part, ``(2, slices or frames, y, z)``.
+        image_key: the network's input, which has the metadata.
+        movie: whether the first dimension is the frames; they become the channels, which writers put last.
+        phase: add the phase, rad, as entry ``phase``.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, image_key: str = "image", movie: bool = False, phase: bool = False
+    ) -> None:
+        super().__init__(keys)
+        self.image_key, self.movie, self.phase = image_key, movie, phase
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Return magnitudes, MetaTensor float32 ``(1, x, y, z)`` or ``(frames, x, y, 1)``."""
+        d = dict(data)
+        source = d[self.image_key]
+        for key in self.key_iterator(d):
+            value = torch.complex(*_plain(d[key]).float().cpu().unbind())
+            value = value[..., None] if self.movie else value[None]
+            d[key] = _like(value.abs() * source.meta.get("scale", 1.0), source)
+            if self.phase:
+                d["phase"] = _like(value.angle(), source)
+        return d
+
+
+class CompareMagnitudesd(MapTransform):
+    """Make images comparable: magnitudes, relative to the largest of the reference.
+
+    Args:
+        keys: real and imaginary part, ``(2, slices or frames, y, z)``.
+        reference_key: the one whose largest magnitude becomes 1.
+    """
+
+    def __init__(self, keys: KeysCollection = ("pred", "label"), reference_key: str = "label") -> None:
+        super().__init__(keys)
+        self.reference_key = reference_key
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Return magnitudes float32 ``(1, slices or frames, y, z)``."""
+        d = dict(data)
+        largest = _plain(d[self.reference_key]).norm(dim=0).max().clamp_min(torch.finfo(torch.float32).tiny)
+        for key in self.key_iterator(d):
+            d[key] = _plain(d[key]).float().norm(dim=0, keepdim=True) / largest
+        return d
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    return x.as_tensor() if isinstance(x, MetaTensor) else x
+
+
+def _like(x: torch.Tensor, source: MetaTensor) -> MetaTensor:
+    return MetaTensor(x, source.affine.cpu(), meta={k: v for k, v in source.meta.items() if k != "affine"})
+
+
+def _file(d: Data) -> str:
+    return str(d["kspace"].meta["filename_or_obj"])

@@ -1,0 +1,206 @@
+"""From raw data to the network's input and back to an image in space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import phantom
+
+from memnet.datasets.ismrmrd import write_ismrmrd
+from memnet.fourier import image_to_kspace, kspace_to_image
+from memnet.nets.packed import PackedMoDL, unpack
+from memnet.operators import SenseOperator
+from memnet.sampling import GoldenRatioMask, PoissonDiscMask
+from memnet.simulation import simulate_movie, simulate_volume
+from memnet.transforms.kspace import (
+    CombineCoilsd,
+    CompareMagnitudesd,
+    CompressCoilsd,
+    EstimateMapsd,
+    LoadKspaced,
+    PackKspaced,
+    RandSlabd,
+    RandUndersampled,
+    ScaleKspaced,
+    ToVolumed,
+)
+
+AFFINE = np.array([[-0.9, 0, 0, 20], [0, 1.1, 0, -30], [0, 0, 1.3, 5], [0, 0, 0, 1]], dtype=float)
+
+
+@pytest.fixture
+def volume(write_nifti: Callable[..., Path]) -> Path:
+    return write_nifti("t1.nii.gz", phantom((12, 20, 18))[0], AFFINE)
+
+
+@pytest.fixture
+def movie(write_nifti: Callable[..., Path]) -> Path:
+    frames = np.stack([phantom((20, 18, 3), seed=k)[0] for k in range(5)], -1)
+    return write_nifti("cine.nii.gz", frames, AFFINE)
+
+
+def prepared(path: Path, movie: bool = False, **keywords: Any) -> dict[Any, Any]:
+    data = LoadKspaced("image", movie=movie, n_coils=4, **keywords)({"image": str(path)})
+    return CombineCoilsd()(EstimateMapsd(12, 5)(CompressCoilsd(n_coils=4)(data)))
+
+
+def test_reference_of_simulated_raw_data_is_the_magnitude_they_were_made_from(volume: Path) -> None:
+    label = prepared(volume, noise=1e-3)["label"].norm(dim=0)
+    magnitude = torch.from_numpy(np.asarray(nib.load(volume).dataobj)).clamp_min(0)
+    inside = magnitude > 100
+    ratio = (label / magnitude)[inside]
+    assert ratio.std() < 0.02 * ratio.mean()
+
+
+def test_simulation_is_the_same_every_time_and_differs_between_files(volume: Path, tmp_path: Path) -> None:
+    load = LoadKspaced("image")
+    first, again = (load({"image": str(volume)})["kspace"] for _ in range(2))
+    other = tmp_path / "other.nii.gz"
+    other.write_bytes(volume.read_bytes())
+    assert torch.equal(first, again)
+    assert not torch.equal(first, load({"image": str(other)})["kspace"])
+
+
+def test_noise_is_as_strong_as_asked() -> None:
+    magnitude = torch.ones(4, 32, 32)
+    noise = simulate_volume(magnitude, 2, 0.1, 3) - simulate_volume(magnitude, 2, 0.0, 3)
+    assert noise.real.std() == pytest.approx(0.1, rel=0.05)
+    assert noise.imag.std() == pytest.approx(0.1, rel=0.05)
+
+
+def test_maps_of_a_movie_do_not_move() -> None:
+    frames = torch.rand(3, 12, 10) + 0.5
+    images = kspace_to_image(simulate_movie(frames, 2, 0.0), (-2, -1))
+    ratio = images[0] / images[1]
+    torch.testing.assert_close(ratio[0], ratio[2], rtol=1e-3, atol=1e-4)
+
+
+def test_raw_data_and_simulation_go_the_same_way(volume: Path, tmp_path: Path) -> None:
+    data = LoadKspaced("image", n_coils=3)({"image": str(volume)})
+    kspace = image_to_kspace(data["kspace"].as_tensor(), (1,)).numpy()[None]
+    write_ismrmrd(tmp_path / "raw.h5", kspace, np.ones((1, 20, 18), bool), AFFINE)
+    read = LoadKspaced("image")({"image": str(tmp_path / "raw.h5")})
+    torch.testing.assert_close(read["kspace"].as_tensor(), data["kspace"].as_tensor(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(read["kspace"].affine, data["kspace"].affine, rtol=0, atol=1e-4)
+    assert read["mask"].shape == data["mask"].shape == (1, 1, 20, 18)
+
+
+def test_a_movies_raw_data_and_simulation_go_the_same_way(movie: Path, tmp_path: Path) -> None:
+    data = LoadKspaced("image", movie=True, n_coils=3)({"image": str(movie)})
+    kspace = data["kspace"].as_tensor().movedim(0, 1).numpy()[..., None]
+    write_ismrmrd(tmp_path / "raw.h5", kspace, np.ones((5, 18, 1), bool), AFFINE)
+    read = LoadKspaced("image", movie=True)({"image": str(tmp_path / "raw.h5")})
+    assert torch.equal(read["kspace"].as_tensor(), data["kspace"].as_tensor())
+    assert read["mask"].shape == data["mask"].shape == (1, 5, 1, 18)
+
+
+@pytest.mark.parametrize("is_movie", [False, True], ids=["volume", "movie"])
+def test_zero_filled_image_of_what_is_packed_is_of_order_one(is_movie: bool, request: pytest.FixtureRequest) -> None:
+    data = prepared(request.getfixturevalue("movie" if is_movie else "volume"), movie=is_movie)
+    mask = GoldenRatioMask([2.0], 4) if is_movie else PoissonDiscMask([2.0], 6)
+    packed = PackKspaced()(ScaleKspaced()(RandUndersampled(mask, seed=1)(data)))
+    kspace, csm, taken = unpack(packed["image"].as_tensor()[None])
+    assert torch.equal((kspace != 0).any(1, keepdim=True), taken > 0)
+    assert float(taken.mean()) == pytest.approx(0.5, abs=0.02)
+    magnitude = SenseOperator(csm, taken).adjoint(kspace).abs().flatten()
+    assert magnitude.quantile(0.99) == pytest.approx(1, rel=1e-2)
+    # the reference went along
+    assert 0.5 < packed["label"].norm(dim=0).flatten().quantile(0.99) < 3
+    output = PackedMoDL(n_unrolls=1, channels=4)(packed["image"][None])
+    assert output.shape == (1, 2, *packed["image"].shape[1:]) and output.dtype == torch.float32
+
+
+def test_maps_of_a_movie_come_from_all_its_frames(movie: Path) -> None:
+    data = LoadKspaced("image", movie=True, n_coils=4, noise=0)({"image": str(movie)})
+    full = EstimateMapsd(12, 5)(data)["csm"]
+    data = RandUndersampled(GoldenRatioMask([2.0], 2), seed=0)(data)
+    # no frame alone has reference lines enough
+    found = EstimateMapsd(12, 5)(data)["csm"]
+    assert found.shape == full.shape == (4, 1, 20, 18)
+    shown = (full.abs().sum(0) > 0) & (found.abs().sum(0) > 0)
+    assert (found.conj() * full).sum(0).abs()[shown].median() > 0.99
+
+
+def test_slabs_lie_where_there_is_something() -> None:
+    label = torch.zeros(2, 30, 2, 2)
+    label[:, 18:20] = 1
+    cut = RandSlabd(["label", "csm"], 4).set_random_state(seed=0)
+    starts = set()
+    for _ in range(20):
+        slab = cut({"label": label, "csm": torch.arange(30.0).view(1, 30, 1, 1).expand(3, 30, 2, 2)})
+        assert slab["label"].shape == (2, 4, 2, 2) and slab["label"].any()
+        starts.add(int(slab["csm"][0, 0, 0, 0]))
+    assert starts == {16, 17}
+
+
+def test_masks_are_drawn_anew_but_for_a_seed(volume: Path) -> None:
+    data = prepared(volume)
+    random = RandUndersampled(PoissonDiscMask([3.0], 4)).set_random_state(seed=1)
+    assert not torch.equal(random(data)["mask"], random(data)["mask"])
+    again = RandUndersampled(PoissonDiscMask([3.0], 4)).set_random_state(seed=1)
+    random.set_random_state(seed=1)
+    assert torch.equal(random(data)["mask"], again(data)["mask"])
+    fixed = RandUndersampled(PoissonDiscMask([3.0], 4), seed=2)
+    assert torch.equal(fixed(data)["mask"], fixed(data)["mask"])
+
+
+def test_output_gets_the_scale_and_place_of_the_raw_data(volume: Path) -> None:
+    data = PackKspaced()(ScaleKspaced()(prepared(volume)))
+    unscaled = prepared(volume)["label"]
+    data["pred"] = data["label"].as_tensor().clone()
+    out = ToVolumed("pred", phase=True)(data)
+    torch.testing.assert_close(out["pred"].as_tensor()[0], unscaled.as_tensor().norm(dim=0))
+    np.testing.assert_allclose(out["pred"].affine, AFFINE)
+    torch.testing.assert_close(
+        torch.polar(out["pred"].as_tensor(), out["phase"].as_tensor())[0], torch.complex(*unscaled.as_tensor())
+    )
+    assert ToVolumed("pred", movie=True)(data)["pred"].shape == (12, 20, 18, 1)
+
+
+def test_compared_magnitudes_are_relative_to_the_reference() -> None:
+    label = torch.tensor([3.0, 0, 0]).view(1, 3, 1, 1).repeat(2, 1, 1, 1) * torch.tensor([1, 4 / 3]).view(2, 1, 1, 1)
+    out = CompareMagnitudesd()({"pred": label / 2, "label": label})
+    assert out["label"].flatten().tolist() == [1, 0, 0] and out["pred"].flatten().tolist() == [0.5, 0, 0]
+
+
+def test_a_reference_must_be_fully_sampled(volume: Path) -> None:
+    data = RandUndersampled(PoissonDiscMask([2.0], 8), seed=0)(LoadKspaced("image")({"image": str(volume)}))
+    with pytest.raises(ValueError, match="t1.nii.gz: 50 % of k-space is sampled"):
+        CombineCoilsd()(EstimateMapsd(8, 5)(data))
+
+
+def test_missing_reference_lines_are_named(volume: Path) -> None:
+    data = LoadKspaced("image")({"image": str(volume)})
+    data["mask"][..., 9, 9] = False
+    with pytest.raises(ValueError, match="t1.nii.gz: the centre of k-space .* reference lines"):
+        EstimateMapsd()(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_movie", "message"),
+    [("cine", False, "expected a volume"), ("t1", True, "expected a movie"), ("none", False, "no such file")],
+)
+def test_files_of_the_other_kind_are_refused(
+    volume: Path, movie: Path, name: str, is_movie: bool, message: str
+) -> None:
+    path = volume.with_name(f"{name}.nii.gz")
+    with pytest.raises(ValueError, match=f"{name}.nii.gz.*{message}"):
+        LoadKspaced("image", movie=is_movie)({"image": str(path)})
+
+
+def test_raw_data_of_the_other_kind_are_refused(tmp_path: Path) -> None:
+    kspace = np.ones((2, 1, 4, 4, 1), np.complex64)
+    write_ismrmrd(tmp_path / "raw.h5", kspace, np.ones((2, 4, 1), bool), np.eye(4))
+    with pytest.raises(ValueError, match="2 frames and 1 steps along z; expected one 3D volume"):
+        LoadKspaced("image")({"image": str(tmp_path / "raw.h5")})
+
+
+def test_an_empty_image_cannot_be_scanned() -> None:
+    with pytest.raises(ValueError, match="nowhere above 0"):
+        simulate_volume(torch.zeros(2, 3, 4))
