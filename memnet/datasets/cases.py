@@ -25,6 +25,8 @@ Case = dict[str, Any]
 _HOW = {
     "scans": "no input: give --image FILE, --t1 FILE --t2 FILE, --dataset_dir FOLDER or --datalist FILE.json",
     "labelled cases": "no data set: give --dataset_dir FOLDER (iSeg-2019) or --datalist FILE.json (Decathlon format)",
+    "diffusion series": "no data set: give --dataset_dir FOLDER (HCP, BIDS, or series with .bval and .bvec beside them)",
+    "tensors": "no input: give --image TENSOR.nii.gz, --dwi SERIES.nii.gz or --dataset_dir FOLDER",
     "scans of tumours": (
         "no input: give some of --t1 FILE --t1c FILE --t2 FILE --flair FILE, or --dataset_dir FOLDER, "
         "or --datalist FILE.json"
