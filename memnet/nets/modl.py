@@ -272,6 +272,7 @@ class MoDL(nn.Module):
             steps = [step, *(copy.deepcopy(step) for _ in range(n_regularizers - 1))]
         self.regularizers = nn.ModuleList(steps)
         self.data_consistency = DataConsistency() if data_consistency is None else data_consistency
+        self.spatial_dims = spatial_dims
         self.n_unrolls, self.every, self.on_drift, self.host = n_unrolls, every, on_drift, host
         self.memory = memory
 

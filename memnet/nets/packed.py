@@ -47,7 +47,10 @@ def unpack(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 class PackedMoDL(MoDL):
-    """:class:`memnet.MoDL` with one input and one output, for MONAI's engines and tools; arguments and weights are the same."""
+    """:class:`memnet.MoDL` with one input and one output, for MONAI's engines and tools; arguments and weights are the same.
+
+    With ``spatial_dims=2`` it takes the slices of a slab, or the frames of a movie, one by one.
+    """
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Reconstruct.
@@ -62,5 +65,10 @@ class PackedMoDL(MoDL):
         Raises:
             ValueError: the tensor is not complex or has an even number of channels.
         """
-        plain = image.as_tensor() if isinstance(image, MetaTensor) else image
-        return torch.view_as_real(super().forward(*unpack(plain))).movedim(-1, 1)
+        inputs = list(unpack(image.as_tensor() if isinstance(image, MetaTensor) else image))
+        batch = inputs[0].shape[0]
+        by_slice = self.spatial_dims == 2 and inputs[0].dim() == 5
+        if by_slice:
+            inputs = [x.movedim(2, 1).flatten(0, 1) for x in inputs]
+        output = torch.view_as_real(super().forward(*inputs))
+        return (output.unflatten(0, (batch, -1)) if by_slice else output).movedim(-1, 1)

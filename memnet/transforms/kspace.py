@@ -18,9 +18,9 @@ from monai.transforms import MapTransform, RandomizableTransform, Transform
 from memnet.coils import calibration_region, compress_coils, espirit_maps
 from memnet.datasets.ismrmrd import read_ismrmrd
 from memnet.fourier import kspace_to_image
-from memnet.nets.packed import pack
+from memnet.nets.packed import pack, unpack
 from memnet.operators import SenseOperator
-from memnet.simulation import simulate_movie, simulate_volume
+from memnet.simulated_scans import simulate_movie, simulate_volume
 
 __all__ = [
     "CombineCoilsd",
@@ -33,6 +33,7 @@ __all__ = [
     "RandUndersampled",
     "ScaleKspaced",
     "ToVolumed",
+    "ZeroFilledd",
 ]
 
 Data = Mapping[Hashable, Any]
@@ -51,7 +52,7 @@ class LoadKspaced(MapTransform):
         keys: entry with the file's name, which stays as it is.
         movie: whether a file holds the frames of a 2D slice, rather than a volume.
         n_coils: coils of simulated data.
-        noise: noise of simulated data, see :func:`memnet.simulation.simulate_volume`.
+        noise: noise of simulated data, see :func:`memnet.simulated_scans.simulate_volume`.
 
     Raises:
         ValueError: the file cannot be read or is of the other kind, naming it.
@@ -300,6 +301,17 @@ class ToVolumed(MapTransform):
             d[key] = _like(value.abs() * source.meta.get("scale", 1.0), source)
             if self.phase:
                 d["phase"] = _like(value.angle(), source)
+        return d
+
+
+class ZeroFilledd(Transform):
+    """Add ``zero_filled``, what the adjoint makes of the network's input ``image``: the least that a network must beat."""
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Add ``zero_filled`` float32 ``(2, slices or frames, y, z)``, real and imaginary part."""
+        d = dict(data)
+        kspace, csm, mask = unpack(_plain(d["image"])[None])
+        d["zero_filled"] = torch.view_as_real(SenseOperator(csm, mask).adjoint(kspace)[0]).movedim(-1, 0)
         return d
 
 

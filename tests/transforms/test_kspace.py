@@ -17,7 +17,7 @@ from memnet.fourier import image_to_kspace, kspace_to_image
 from memnet.nets.packed import PackedMoDL, unpack
 from memnet.operators import SenseOperator
 from memnet.sampling import GoldenRatioMask, PoissonDiscMask
-from memnet.simulation import simulate_movie, simulate_volume
+from memnet.simulated_scans import simulate_movie, simulate_volume
 from memnet.transforms.kspace import (
     CombineCoilsd,
     CompareMagnitudesd,
