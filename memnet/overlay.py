@@ -9,8 +9,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from memnet.dicom import split_uid
 from memnet.legends import Legend
 from memnet.metrics import label_volumes
+from memnet.transforms.modalities import read_volume
 
 __all__ = ["draw_overlay"]
 
@@ -24,7 +26,7 @@ def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path, legen
     The planes pass through the middle of what is labelled, left is left, and the legend gives volumes in ml.
 
     Args:
-        scan: the 3D image that was segmented.
+        scan: the 3D image that was segmented, see :func:`memnet.transforms.modalities.read_volume`.
         labels: its label map on the same grid.
         target: PNG file to write; complete or absent.
         legend: what the labels are.
@@ -35,7 +37,10 @@ def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path, legen
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    image, label_map, affine = _canonical(scan), _canonical(labels), nib.load(labels).affine
+    volume, segmented = read_volume(scan, constant=True), nib.squeeze_image(nib.load(labels))
+    affine = segmented.affine
+    image = nib.as_closest_canonical(nib.Nifti1Image(volume[0].numpy(), volume.affine.numpy()))
+    label_map = nib.as_closest_canonical(segmented)
     voxel = np.array(label_map.header.get_zooms()[:3], dtype=float)
     values = np.asarray(label_map.dataobj).reshape(label_map.shape[:3]).astype(np.uint8)
     # classes by their place in the legend, so that a colour map counts them
@@ -95,7 +100,7 @@ def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path, legen
         fontsize=14,
         bbox_to_anchor=(0.5, 0.015),
     )
-    figure.suptitle(Path(scan).name, color="#b8c0cc", fontsize=11, x=0.012, y=0.985, ha="left")
+    figure.suptitle(split_uid(scan)[0].name, color="#b8c0cc", fontsize=11, x=0.012, y=0.985, ha="left")
 
     target = Path(target)
     partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
@@ -104,10 +109,6 @@ def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path, legen
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _canonical(path: str | Path) -> Any:
-    return nib.funcs.as_closest_canonical(nib.funcs.squeeze_image(nib.load(path)))
 
 
 def _profiles(mask: np.ndarray) -> list[np.ndarray]:

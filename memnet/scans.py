@@ -1,4 +1,4 @@
-"""Lists the scans to segment, putting the modalities of a subject together."""
+"""Lists the scans to segment, files or folders of DICOM series, putting the modalities of a subject together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memnet.datasets import IMAGE_SUFFIXES, Case, as_list, existing_folder, read_datalist
+from memnet.dicom import holds_dicom, split_uid
 
 __all__ = ["find_scans", "list_scans", "tell_modality"]
 
@@ -73,9 +74,10 @@ def list_scans(
 
     Args:
         files: the modalities in the order of the channels, each with its file, or with its files of several subjects, or
-            with ``None``; the lists are put together in order.
-        dataset_dir: a folder; files whose names differ in the modality alone, as ``x_T1.nii.gz`` and ``x_T2.nii.gz``, are
-            one subject.
+            with ``None``; the lists are put together in order. A folder of a DICOM series is as good as a file, and so is
+            ``folder:UID``, one of its series.
+        dataset_dir: a folder; files or folders of DICOM whose names differ in the modality alone, as ``x_T1.nii.gz`` and
+            ``x_T2.nii.gz``, are one subject.
         datalist: JSON file in the format of the Medical Segmentation Decathlon; ``image`` is a file or a list of all
             modalities, ``null`` for a missing one.
         modality: what a scan is when its name does not say; if ``None`` such a file of a folder is left out with a warning,
@@ -112,7 +114,7 @@ def list_scans(
     else:
         return []
     for path in (p for row in rows for p in row if p is not None):
-        if not Path(path).exists():
+        if not split_uid(path)[0].exists():
             raise ValueError(f"{path}: no such file")
     if not rows:
         raise ValueError(f"{datalist}: lists no image")
@@ -161,7 +163,10 @@ def _split_name(stem: str, names: Sequence[str]) -> tuple[str | None, str]:
 
 
 def _stem(path: str | Path) -> str:
-    name = Path(path).name
+    path, _ = split_uid(path)
+    name = path.name
+    if path.is_dir():
+        return name
     return next((name[: -len(s)] for s in (*IMAGE_SUFFIXES, ".img") if name.lower().endswith(s)), Path(name).stem)
 
 
@@ -173,7 +178,7 @@ def _search(folder: Path, names: list[str], modality: str | None, pattern: str, 
     if not rows:
         where = "its subfolders were searched, too" if subfolders else "subfolders are not searched"
         raise ValueError(
-            f"{folder}: no scan found (looked for {pattern} ending in {', '.join(IMAGE_SUFFIXES)}"
+            f"{folder}: no scan found (looked for {pattern} ending in {', '.join(IMAGE_SUFFIXES)}, and folders of DICOM files"
             f"{'' if modality else ', with ' + ' or '.join(names) + ' in the name'}; {where})"
         )
     return rows
@@ -184,7 +189,8 @@ def _put_together(folder: Path, names: list[str], modality: str | None, pattern:
     for file in sorted(folder.glob(pattern)):
         stem = _stem(file)
         is_image = file.is_file() and file.name.lower().endswith(IMAGE_SUFFIXES) and not file.name.startswith(".")
-        if not is_image or _NOT_A_SCAN.search(stem):
+        is_series = file.is_dir() and not file.name.startswith(".") and holds_dicom(file)
+        if not (is_image or is_series) or _NOT_A_SCAN.search(stem):
             continue
         told, subject = _split_name(stem, names)
         if (told or modality) is None:
@@ -199,11 +205,15 @@ def _put_together(folder: Path, names: list[str], modality: str | None, pattern:
 
 
 def _unique_names(rows: Sequence[Row]) -> list[str]:
-    paths = [Path(next(p for p in row if p is not None)).absolute() for row in rows]
+    paths = [next(p for p in row if p is not None) for row in rows]
     names = [_stem(path) for path in paths]
     if len(set(names)) < len(names):
-        # subject_1/T1.nii.gz, subject_2/T1.nii.gz: the folder tells them apart
-        names = [f"{path.parent.name}_{name}" for path, name in zip(paths, names, strict=True)]
+        # subject_1/T1.nii.gz, subject_2/T1.nii.gz: the folder tells them apart, of a folder's DICOM series the UID
+        split = [split_uid(path) for path in paths]
+        names = [
+            f"{path.absolute().parent.name}_{name}{f'_{uid}' if uid else ''}"
+            for (path, uid), name in zip(split, names, strict=True)
+        ]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{name}: several inputs would be written under this name; give them different file names")

@@ -25,6 +25,7 @@ from monai.utils import GridSampleMode, GridSamplePadMode
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from memnet.dicom import holds_dicom, read_pixels, read_stack
 from memnet.scans import tell_modality
 from memnet.transforms.grids import file_grid, grid_of, require_one_grid, same_grid
 from memnet.transforms.intensity import zero_background
@@ -46,7 +47,8 @@ def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
     """Read a 3D volume and refuse what no later step could use.
 
     Args:
-        path: NIfTI (.nii, .nii.gz), Analyze (.hdr or .img) or another single-volume format of nibabel.
+        path: NIfTI (.nii, .nii.gz), Analyze (.hdr or .img) or another single-volume format of nibabel; or a DICOM series:
+            its folder, ``folder:UID``, or its only file, see :func:`memnet.dicom.read_stack`.
         constant: take a volume whose voxels are all the same, such as the label map of a healthy brain.
 
     Returns:
@@ -55,9 +57,30 @@ def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
     Raises:
         ValueError: naming the file, if it is missing, no such image, cut short, not 3D, not finite, or constant.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, expected a NIfTI file (convert DICOM first, e.g. with dcm2niix)")
+    values, affine = _read_dicom(path) if Path(path).is_dir() or holds_dicom(path) else _read_nifti(Path(path))
+    not_finite = int(values.size - np.isfinite(values).sum())
+    if not_finite:
+        raise ValueError(f"{path}: {not_finite} of {values.size} voxels are NaN or infinite; replace them first")
+    if values.size == 0 or (values.min() == values.max() and not constant):
+        value = values.flat[0] if values.size else "missing"
+        raise ValueError(f"{path}: every voxel is {value}; there is nothing to see in it")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError(f"{path}: its affine is not invertible, so that voxel size and orientation are unknown")
+    meta = {
+        "filename_or_obj": str(path),
+        "original_affine": affine,
+        "spatial_shape": np.array(values.shape),
+        "space": "RAS",
+    }
+    return MetaTensor(torch.from_numpy(np.ascontiguousarray(values))[None], affine=torch.from_numpy(affine), meta=meta)
+
+
+def _read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    stack = read_stack(path)
+    return read_pixels(stack), stack.affine
+
+
+def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -73,17 +96,7 @@ def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
         values = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
     except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read, cut short or damaged ({_first_line(error)})") from error
-    not_finite = int(values.size - np.isfinite(values).sum())
-    if not_finite:
-        raise ValueError(f"{path}: {not_finite} of {values.size} voxels are NaN or infinite; replace them first")
-    if values.size == 0 or (values.min() == values.max() and not constant):
-        value = values.flat[0] if values.size else "missing"
-        raise ValueError(f"{path}: every voxel is {value}; there is nothing to see in it")
-    affine = np.asarray(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ValueError(f"{path}: its affine is not invertible, so that voxel size and orientation are unknown")
-    meta = {"filename_or_obj": str(path), "original_affine": affine, "spatial_shape": np.array(shape), "space": "RAS"}
-    return MetaTensor(torch.from_numpy(np.ascontiguousarray(values))[None], affine=torch.from_numpy(affine), meta=meta)
+    return values, np.asarray(image.affine, dtype=np.float64)
 
 
 class LoadModalitiesd(MapTransform):

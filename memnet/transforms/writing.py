@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.config import PathLike
+from monai.config import KeysCollection, PathLike
 from monai.data import NibabelWriter
+from monai.transforms import MapTransform
 
-__all__ = ["AtomicNibabelWriter", "output_name"]
+from memnet.dicom import holds_dicom, read_stack, save_segmentation
+from memnet.legends import LEGENDS
+
+__all__ = ["AtomicNibabelWriter", "SaveSegmentationd", "output_name"]
+
+logger = logging.getLogger("memnet")
 
 
 class AtomicNibabelWriter(NibabelWriter):
@@ -52,6 +59,38 @@ class AtomicNibabelWriter(NibabelWriter):
         image.set_qform(np.asarray(image.affine, dtype=np.float64), code=1, strip_shears=True)
         image.header.set_xyzt_units("mm")
         return image
+
+
+class SaveSegmentationd(MapTransform):
+    """Write label maps of DICOM series as DICOM segmentations, too, beside the file that ``SaveImaged`` wrote.
+
+    The metadata's ``segmentation`` is the path. Label maps of other scans, and those that were not saved, pass unchanged.
+
+    Args:
+        keys: the label maps, ``(1, D, H, W)`` on the grid of their scan, saved with ``savepath_in_metadict``.
+        legend: name of one of :data:`memnet.legends.LEGENDS`.
+    """
+
+    def __init__(self, keys: KeysCollection, legend: str) -> None:
+        super().__init__(keys)
+        self.legend = LEGENDS[legend]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write the segmentations; what keeps one from being written is a warning, since the label map is there."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            meta = d[key].meta
+            scan, saved = meta.get("filename_or_obj", ""), meta.get("saved_to")
+            if not scan or not saved or not (Path(scan).is_dir() or holds_dicom(scan)):
+                continue
+            target = Path(str(saved).removesuffix(".gz").removesuffix(".nii") + ".dcm")
+            try:
+                save_segmentation(d[key][0].cpu().numpy().astype(np.uint8), read_stack(scan), self.legend, target)
+            except (ImportError, ValueError) as error:
+                logger.warning("%s: no DICOM segmentation of it is written (%s)", scan, error)
+                continue
+            meta["segmentation"] = str(target)
+        return d
 
 
 def output_name(meta: Mapping[str, Any], saver: Any = None) -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""Writes label maps of DICOM series as DICOM segmentation objects."""
+
+from __future__ import annotations
+
+import os
+from copy import deepcopy
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydicom.dataset import Dataset
+
+from memnet.dicom.series import quiet
+from memnet.dicom.stack import Stack
+from memnet.legends import Legend
+
+__all__ = ["save_segmentation"]
+
+# what of a source image its segmentation refers to or lies by; the patient is left out of what other code gets to see
+_GEOMETRY = [
+    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality", "Rows",
+    "Columns", "NumberOfFrames", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient", "SliceThickness",
+    "SpacingBetweenSlices", "ImageType", "LossyImageCompression", "LossyImageCompressionRatio",
+    "LossyImageCompressionMethod", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "DimensionOrganizationSequence", "DimensionIndexSequence",
+]  # fmt: skip
+# what ties an object to its patient and study, beside DICOM's groups of the patient (0010) and of trials (0012)
+_STUDY = [
+    "SpecificCharacterSet", "StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName",
+    "StudyDescription", "StudyID", "TimezoneOffsetFromUTC",
+]  # fmt: skip
+_EMPTY = [
+    "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "AccessionNumber",
+    "StudyID",
+    "StudyDate",
+    "StudyTime",
+]
+_BRAIN = ("12738006", "SCT", "Brain")
+
+
+def save_segmentation(labels: np.ndarray, stack: Stack, legend: Legend, target: str | Path) -> None:
+    """Write a label map as a binary DICOM segmentation that references the images it was made from.
+
+    The segments are the legend's classes in the order of their values, numbered from 1. Patient and study are those of the
+    images.
+
+    Args:
+        labels: ``(column, row, slice)`` integers on the stack's grid.
+        stack: the images.
+        legend: names, colours and coded concepts of the labels.
+        target: the file; complete or absent.
+
+    Raises:
+        ValueError: if the labels are not on the stack's grid, or the images lack what a reference to them needs.
+        ImportError: if highdicom is not installed.
+    """
+    import highdicom
+    from pydicom.sr.coding import Code
+
+    if labels.shape != stack.shape:
+        raise ValueError(f"{target}: the labels have shape {labels.shape}, the images {stack.shape}")
+    headers = [stack.planes[0].header] if _is_one_file(stack) else [plane.header for plane in stack.planes]
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
+        if any(not header.get(keyword) for header in headers):
+            raise ValueError(f"{target}: the images lack {keyword}, without which nothing can refer to them")
+
+    classes = sorted(legend.classes.items(), key=lambda item: min(item[1][0]))
+    # frames of one file stand in the file's order, which need not be that of their places
+    order = [plane.frame for plane in stack.planes] if _is_one_file(stack) else range(len(stack.planes))
+    numbers = np.zeros((len(stack.planes), *stack.shape[1::-1]), dtype=np.uint8)
+    for number, (_, (values, _)) in enumerate(classes, 1):
+        numbers[list(order)] += number * np.isin(labels, values).transpose(2, 1, 0).astype(np.uint8)
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name=f"memnet {legend.name}", family=Code("123110", "DCM", "Artificial Intelligence"), version=version("memnet")
+    )
+    descriptions = [
+        highdicom.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name,
+            segmented_property_category=Code(*legend.codes[name][0]),
+            segmented_property_type=Code(*legend.codes[name][1]),
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=algorithm,
+            anatomic_regions=[Code(*_BRAIN)],
+            display_color=highdicom.color.CIELabColor.from_string(colour),
+        )
+        for number, (name, (_, colour)) in enumerate(classes, 1)
+    ]
+    with quiet():
+        segmentation = highdicom.seg.Segmentation(
+            source_images=[_without_patient(header) for header in headers],
+            pixel_array=numbers,
+            segmentation_type="BINARY",
+            segment_descriptions=descriptions,
+            series_instance_uid=highdicom.UID(),
+            series_number=1000 + int(headers[0].get("SeriesNumber") or 0),
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="memnet",
+            manufacturer_model_name=f"memnet {legend.name}",
+            software_versions=version("memnet"),
+            # required, and a program has none
+            device_serial_number="none",
+            content_label=f"{legend.name.upper()}_SEG",
+            series_description=f"memnet {legend.name} segmentation",
+        )
+        # required, and may be empty
+        segmentation.ContentCreatorName = ""
+        _belong(segmentation, headers[0])
+        _write(segmentation, Path(target))
+
+
+def _is_one_file(stack: Stack) -> bool:
+    return "NumberOfFrames" in stack.planes[0].header
+
+
+def _without_patient(header: Dataset) -> Dataset:
+    source = Dataset()
+    for keyword in _GEOMETRY:
+        if keyword in header:
+            source[keyword] = deepcopy(header[keyword])
+    for keyword in _EMPTY:
+        setattr(source, keyword, "")
+    source.setdefault("SliceThickness", None)
+    return source
+
+
+def _belong(segmentation: Dataset, header: Dataset) -> None:
+    """Give a segmentation its images' patient and study, as they stand there."""
+    groups = [element for group in (0x0010, 0x0012) for element in header.group_dataset(group)]
+    for element in [*groups, *(header[keyword] for keyword in _STUDY if keyword in header)]:
+        segmentation[element.tag] = deepcopy(element)
+
+
+def _write(dataset: Any, target: Path) -> None:
+    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
+    try:
+        dataset.save_as(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
