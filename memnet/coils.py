@@ -63,7 +63,7 @@ def espirit_maps(
     calibration: Sequence[int] = (24, 24),
     kernel: int = 6,
     threshold: float = 0.02,
-    crop: float = 0.9,
+    crop: float = 0.8,
     n_iterations: int = 40,
 ) -> torch.Tensor:
     r"""Estimate coil maps by ESPIRiT, slice after slice.

@@ -18,16 +18,19 @@ RAW_SUFFIXES = (".h5", ".nii.gz", ".nii")
 
 
 def find_raw_data(
-    image: str | Path | list[str | Path] | None = None, dataset_dir: str | Path | None = None
+    image: str | Path | list[str | Path] | None = None,
+    dataset_dir: str | Path | None = None,
+    slice_index: int | None = None,
 ) -> list[Case]:
     """List the files to reconstruct.
 
     Args:
         image: one file or several: ISMRMRD (``.h5``), or NIfTI, from which raw data are simulated.
         dataset_dir: a folder of such files; subfolders are not searched.
+        slice_index: which slice of files that hold several; the middle one if ``None``.
 
     Returns:
-        One ``{"image": file}`` each; nothing where nothing is given, see :func:`memnet.datasets.require_cases`.
+        One ``{"image": file}`` each, with ``slice_index`` where it is given; nothing where nothing is given, see :func:`memnet.datasets.require_cases`.
 
     Raises:
         ValueError: both are given, a file is missing, or the folder holds none.
@@ -40,7 +43,8 @@ def find_raw_data(
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file}: no such file")
-    return [{"image": str(file)} for file in files]
+    chosen = {} if slice_index is None else {"slice_index": slice_index}
+    return [{"image": str(file)} | chosen for file in files]
 
 
 def find_reconstruction_cases(

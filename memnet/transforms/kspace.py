@@ -141,11 +141,12 @@ class EstimateMapsd(Transform):
     A mask that changes with the frames is that of a movie: its frames are averaged, each sample over those that took it.
 
     Args:
-        calibration: side of the region to use at most, samples; less where a gap comes before.
+        calibration: side of the region to use at most, samples; less where a gap comes before. With c coils of which each has
+            patches of k x k, ``(calibration - k + 1)**2`` should not be far below ``c k**2``.
         kernel: see :func:`memnet.coils.espirit_maps`.
 
     Raises:
-        ValueError: the centre is not sampled over more than the kernel, naming the file.
+        ValueError: the centre is not sampled over more than the kernel, or holds noise alone, naming the file.
     """
 
     def __init__(self, calibration: int = 24, kernel: int = 6) -> None:
@@ -163,6 +164,10 @@ class EstimateMapsd(Transform):
             d["csm"] = espirit_maps(kspace, region, self.kernel)
         except ValueError as error:
             raise ValueError(f"{_file(d)}: {error}") from error
+        if not bool(d["csm"].any()):
+            raise ValueError(
+                f"{_file(d)}: no coil maps come of the central {region[0]} x {region[1]} samples; are they more than noise?"
+            )
         return d
 
 

@@ -1,0 +1,216 @@
+"""The bundles that reconstruct raw data run: training, resuming, evaluation, inference, several processes, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from bundle_cases import WARNINGS, run
+from conftest import BUNDLES, phantom
+
+from memnet.bundle import input_error
+from memnet.datasets.ismrmrd import write_ismrmrd
+from memnet.fourier import image_to_kspace
+from memnet.simulated_scans import simulate_volume
+
+pytestmark = WARNINGS
+
+KNEE = BUNDLES / "knee_mri_recon_mel"
+AFFINE = np.array([[-0.9, 0, 0, 20], [0, 1.1, 0, -30], [0, 0, 1.3, 5], [0, 0, 0, 1]], dtype=float)
+
+SMALL: dict[str, Any] = {
+    "n_unrolls": 1,
+    "channels": 4,
+    "n_coils": 3,
+    "acceleration": 2.0,
+    "calibration": 14,
+    "device": "cpu",
+}
+SMALL_TRAINING = {
+    **SMALL,
+    "num_workers": 0,
+    "val_interval": 1,
+    "slab_size": 4,
+    "slabs_per_volume": 1,
+    "val_slices": 6,
+    "val_slab_size": 4,
+    "val_overlap": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three magnitude volumes to simulate raw data from."""
+    folder = tmp_path_factory.mktemp("volumes")
+    for number in range(3):
+        nib.save(nib.Nifti1Image(phantom((8, 24, 22), number)[0], AFFINE), folder / f"t1_{number}.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def raw_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ISMRMRD file of a volume whose ellipse of k-space was sampled."""
+    magnitude = torch.from_numpy(phantom((8, 24, 22))[0])
+    kspace = image_to_kspace(simulate_volume(magnitude, 3, 0.01), (1,)).numpy()[None]
+    y, z = np.ogrid[-12:12, -11:11]
+    path = tmp_path_factory.mktemp("raw") / "scan.h5"
+    write_ismrmrd(path, kspace, ((y / 12) ** 2 + (z / 11) ** 2 <= 1)[None], AFFINE)
+    return path
+
+
+def train(folder: Path, output: Path, **overrides: Any) -> dict[str, Any]:
+    options = {**SMALL_TRAINING, "dataset_dir": str(folder), "output_dir": str(output), "epochs": 1, **overrides}
+    run(KNEE, "training", "train.json", **options)
+    return torch.load(output / "model_last.pt", weights_only=True)
+
+
+def refusal(*arguments: Any, **overrides: Any) -> str:
+    """Run a bundle that must refuse its input; what it says."""
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        run(*arguments, **overrides)
+    return str(input_error(caught.value))
+
+
+@pytest.fixture(scope="module")
+def weights(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights whose regulariser adds nothing, so that the network solves for consistency with the data alone."""
+    output = tmp_path_factory.mktemp("trained")
+    train(folder, output)
+    state = torch.load(output / "model_best.pt", weights_only=True)
+    for key in list(state)[-3:]:
+        state[key] *= 0 if "residual" in key else 1
+    torch.save(state, output / "sense.pt")
+    return output / "sense.pt"
+
+
+def test_evaluation_scores_each_case_beside_the_zero_filled_image(folder: Path, weights: Path, tmp_path: Path) -> None:
+    options = {**SMALL, "num_workers": 0, "dataset_dir": str(folder), "ckpt_path": str(weights), "subset": "all"}
+    options |= {"val_slab_size": 5, "val_overlap": 2, "amp": False}
+    run(KNEE, "evaluating", "train.json", "evaluate.json", **options, output_dir=str(tmp_path))
+    scores = {}
+    for name in ("val_psnr", "val_ssim", "val_nrmse", "val_psnr_zero_filled"):
+        rows = list(csv.reader((tmp_path / f"{name}_raw.csv").read_text().splitlines()))[1:]
+        assert [Path(row[0]).name for row in rows] == [f"t1_{k}.nii.gz" for k in range(3)]
+        scores[name] = [float(row[1]) for row in rows]
+        assert name in (tmp_path / "metrics.csv").read_text()
+    assert all(a > b for a, b in zip(scores["val_psnr"], scores["val_psnr_zero_filled"], strict=True))
+    assert all(0 < s < 1 for s in scores["val_ssim"] + scores["val_nrmse"])
+
+
+def test_resuming_gives_the_uninterrupted_result(folder: Path, tmp_path: Path) -> None:
+    options = {"val_interval": 2, "epochs": 3}
+    whole = train(folder, tmp_path / "whole", **options)
+    train(folder, tmp_path / "cut", **options, **{"train#trainer#max_epochs": 1})
+    resumed = train(folder, tmp_path / "cut", **options, resume=True)
+    assert resumed["epoch"] == whole["epoch"] == 3 and resumed["best_metric"] == whole["best_metric"]
+    assert all(torch.equal(resumed["model"][key], value) for key, value in whole["model"].items())
+    other = train(folder, tmp_path / "other", **options, seed=1)
+    assert any(not torch.equal(other["model"][key], value) for key, value in whole["model"].items())
+
+
+def test_training_learns(folder: Path, tmp_path: Path) -> None:
+    def error(**overrides: Any) -> float:
+        state = train(folder, tmp_path / "learning", **overrides)
+        return -float(state["best_metric"])
+
+    # one case again and again, so that a few steps must show
+    assert error(epochs=12, learning_rate=0.01, slabs_per_volume=2) < error(epochs=1, learning_rate=0.0) - 0.3
+
+
+@pytest.mark.parametrize("memory", ["store", "recursive"])
+def test_memory_strategies_train_alike(folder: Path, tmp_path: Path, memory: str) -> None:
+    expected, found = (train(folder, tmp_path / m, memory=m, tile=None) for m in ("checkpoint", memory))
+    for key, value in expected["model"].items():
+        torch.testing.assert_close(found["model"][key], value, msg=key)
+
+
+def test_trains_slice_by_slice(folder: Path, tmp_path: Path) -> None:
+    state = train(folder, tmp_path, **{"network_def#spatial_dims": 2})
+    assert state["model"]["regularizers.0.residual.0.weight"].dim() == 4
+
+
+@pytest.mark.parametrize("phase", [False, True])
+def test_raw_data_become_an_image_in_their_place(raw_data: Path, weights: Path, tmp_path: Path, phase: bool) -> None:
+    options = {**SMALL, "image": str(raw_data), "ckpt_path": str(weights), "slab_size": 5, "overlap": 2, "phase": phase}
+    run(KNEE, "run", "inference.json", **options | {"acceleration": None}, output_dir=str(tmp_path))
+    names = {"scan_recon.nii.gz", *(["scan_recon_phase.nii.gz"] if phase else [])}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    image = nib.load(tmp_path / "scan_recon.nii.gz")
+    assert image.shape == (8, 24, 22) and image.get_data_dtype() == np.float32
+    np.testing.assert_allclose(image.affine, AFFINE, atol=1e-4)
+    expected, found = phantom((8, 24, 22))[0], np.asarray(image.dataobj)
+    assert np.corrcoef(expected.ravel(), found.ravel())[0, 1] > 0.97
+    if phase:
+        angles = np.asarray(nib.load(tmp_path / "scan_recon_phase.nii.gz").dataobj)
+        assert -np.pi <= angles.min() < angles.max() <= np.pi and angles.std() > 0.1
+
+
+def test_inference_may_undersample_what_it_is_given(folder: Path, weights: Path, tmp_path: Path) -> None:
+    images = []
+    for acceleration in (None, 2.5):
+        options = {**SMALL, "dataset_dir": str(folder), "ckpt_path": str(weights), "acceleration": acceleration}
+        options |= {"output_dir": str(tmp_path / str(acceleration)), "slab_size": None}
+        run(KNEE, "run", "inference.json", **options)
+        images.append(np.asarray(nib.load(tmp_path / str(acceleration) / "t1_0_recon.nii.gz").dataobj))
+    assert not np.allclose(*images, rtol=1e-2)
+
+
+def test_trains_in_two_processes(folder: Path, tmp_path: Path) -> None:
+    configs = [str(KNEE / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
+    overrides = {**SMALL_TRAINING, "dataset_dir": folder, "output_dir": tmp_path, "epochs": 1}
+    overrides.pop("device")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
+    command += [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = torch.load(tmp_path / "model_last.pt", weights_only=True)
+    assert state["iteration"] == 1 and not any(key.startswith("module.") for key in state["model"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "no such file"),
+        (lambda p: p.write_text("nothing"), "not an HDF5 file"),
+        (lambda p: _raw(p, sampled=np.arange(18) % 2 == 0), "reference lines"),
+        (lambda p: _raw(p, frames=2), "expected one 3D volume"),
+    ],
+    ids=["missing", "text", "no reference lines", "movie"],
+)
+def test_bad_input_leaves_nothing_behind(
+    make: Callable[[Path], Any], message: str, weights: Path, tmp_path: Path
+) -> None:
+    make(tmp_path / "in.h5")
+    options = {**SMALL, "acceleration": None, "image": str(tmp_path / "in.h5"), "ckpt_path": str(weights)}
+    error = refusal(KNEE, "run", "inference.json", **options, output_dir=str(tmp_path / "out"))
+    assert message in error and "in.h5" in error
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def _raw(path: Path, sampled: np.ndarray | None = None, frames: int = 1) -> None:
+    kspace = np.random.default_rng(0).normal(size=(frames, 2, 4, 18, 8)).astype(np.complex64)
+    taken = np.ones((frames, 18, 8), bool) if sampled is None else np.tile(sampled[None, :, None], (frames, 1, 8))
+    write_ismrmrd(path, kspace, taken, AFFINE)
+
+
+def test_without_data_the_run_says_what_to_give(tmp_path: Path) -> None:
+    error = refusal(KNEE, "training", "train.json", **SMALL_TRAINING, output_dir=str(tmp_path))
+    assert "give --dataset_dir FOLDER (ISMRMRD" in error
+
+
+def test_training_and_inference_start_from_the_same_numbers() -> None:
+    train_config, inference = (json.loads((KNEE / "configs" / f"{c}.json").read_text()) for c in ("train", "inference"))
+    for key in ("n_coils", "calibration", "noise", "n_unrolls", "channels", "tile"):
+        assert train_config[key] == inference[key], key
