@@ -30,7 +30,8 @@ def find_raw_data(
         slice_index: which slice of files that hold several; the middle one if ``None``.
 
     Returns:
-        One ``{"image": file}`` each, with ``slice_index`` where it is given; nothing where nothing is given, see :func:`memnet.datasets.require_cases`.
+        One ``{"image": file}`` each, with ``slice_index`` where it is given; nothing where nothing is given, see
+        :func:`memnet.datasets.require_cases`.
 
     Raises:
         ValueError: both are given, a file is missing, or the folder holds none.

@@ -98,6 +98,8 @@ class LoadKspaced(MapTransform):
             raise ValueError(f"{path}: not a NIfTI file, or damaged ({error})") from error
         if not np.isfinite(values).all():
             raise ValueError(f"{path}: holds values that are not finite numbers")
+        if not (values > 0).any():
+            raise ValueError(f"{path}: is nowhere above 0")
         if values.ndim != (4 if self.movie else 3):
             wanted = "a movie (x, y, slice, frame)" if self.movie else "a volume"
             raise ValueError(f"{path}: has the shape {values.shape}; expected {wanted}")
@@ -110,6 +112,8 @@ class LoadKspaced(MapTransform):
         if not 0 <= index < values.shape[2]:
             raise ValueError(f"{path}: has no slice {index}, but slices 0 to {values.shape[2] - 1}")
         frames = torch.from_numpy(np.ascontiguousarray(values[:, :, index].transpose(2, 0, 1)))
+        if not bool((frames > 0).any()):
+            raise ValueError(f"{path}: its slice {index} is nowhere above 0")
         kspace = simulate_movie(frames, self.n_coils, self.noise, seed)
         affine[:3, 3] += affine[:3, 2] * index
         return kspace, torch.ones(1, kspace.shape[1], 1, kspace.shape[3], dtype=torch.bool), affine
