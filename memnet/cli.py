@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memnet import __version__, scoring, training_memory, tumor_scoring
-from memnet.benchmarks import comparison, depth, unrolled
+from memnet.benchmarks import comparison, depth, superresolution, unrolled
 from memnet.bundle import input_error
 from memnet.datasets import diffusion_blocks
 
@@ -20,6 +20,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     comparison.add_parser,
     depth.add_parser,
     unrolled.add_parser,
+    superresolution.add_parser,
     diffusion_blocks.add_parser,
 )
 

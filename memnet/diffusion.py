@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import ndimage
 from scipy.linalg import polar
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "block_mean",
     "coarse_affine",
     "colour_fractional_anisotropy",
+    "complete_edge",
     "fine_affine",
     "fit_tensors",
     "fractional_anisotropy",
@@ -199,6 +201,16 @@ class DiffusionSeries:
             affine=coarse_affine(self.affine, rate),
         )
 
+    def fine(self, rate: int = 2) -> DiffusionSeries:
+        """Raise the resolution by cubic interpolation of the signals, those of the brain going on beyond its edge."""
+        completed = np.moveaxis(complete_edge(np.moveaxis(self.signals, -1, 0), self.mask), 0, -1)
+        volumes = [
+            ndimage.zoom(completed[..., i], rate, order=3, mode="nearest", grid_mode=True)
+            for i in range(completed.shape[-1])
+        ]
+        mask = self.mask.repeat(rate, 0).repeat(rate, 1).repeat(rate, 2)
+        return replace(self, signals=np.stack(volumes, -1), mask=mask, affine=fine_affine(self.affine, rate))
+
 
 def block_mean(volume: np.ndarray, rate: int) -> np.ndarray:
     """Average blocks of ``rate`` voxels a side over the first three axes; what is left over at the ends is dropped.
@@ -212,6 +224,17 @@ def block_mean(volume: np.ndarray, rate: int) -> np.ndarray:
     cropped = volume[tuple(slice(0, n * rate) for n in sizes)].astype(np.float32)
     blocks = cropped.reshape(sizes[0], rate, sizes[1], rate, sizes[2], rate, *volume.shape[3:])
     return blocks.mean(axis=(1, 3, 5))
+
+
+def complete_edge(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """Give each voxel outside the brain the value of the nearest voxel of the brain.
+
+    Args:
+        values: ``(C, D, H, W)``.
+        brain: ``(D, H, W)`` boolean, not empty.
+    """
+    nearest = ndimage.distance_transform_edt(~brain, return_distances=False, return_indices=True)
+    return values[:, nearest[0], nearest[1], nearest[2]]
 
 
 def coarse_affine(affine: np.ndarray, rate: int) -> np.ndarray:

@@ -169,7 +169,8 @@ def errors_in(
 
     Args:
         region: ``interior``, ``edge`` or ``total``; see :class:`memnet.transforms.tensors.MarkRegionsd`.
-        method: the entry that is compared: ``pred``, ``trilinear`` or ``cubic``.
+        method: the entry that is compared: ``pred``, ``trilinear``, ``cubic``, or ``from_signals``, the tensors fitted to interpolated
+            signals.
         quantity: ``tensor``, its six entries in 1e-5 mm^2/s; ``md``, mean diffusivity in 1e-5 mm^2/s; ``fa``, fractional
             anisotropy, no unit.
 
@@ -194,7 +195,7 @@ def errors_in(
         for case in output:
             label = torch.as_tensor(case["label"]).cpu()
             chosen = torch.isin(label[6], torch.tensor(_REGIONS[region], dtype=label.dtype))
-            predicted.append(values(torch.as_tensor(case[method]).cpu()[:, chosen]))
+            predicted.append(values(torch.as_tensor(case[method]).cpu()[:6, chosen]))
             truth.append(values(label[:6, chosen]))
         return predicted, truth
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +77,17 @@ TUMOR = BundleCase(
     levels=[0, 1 / 3, 0.735, 1],
 )
 cases = pytest.mark.parametrize("case", [TISSUE, TUMOR], ids=lambda case: case.postfix)
+
+
+def train_in_two_processes(bundle: Path, **overrides: Any) -> None:
+    """Train a bundle by its multi_gpu_train.json in two processes on the CPU."""
+    configs = [str(bundle / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
+    command += [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def run(bundle: Path, run_id: str, *configs: str, **overrides: Any) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bundle_cases import SMALL, SMALL_TRAINING, WARNINGS, BundleCase, cases, run
+from bundle_cases import SMALL, SMALL_TRAINING, WARNINGS, BundleCase, cases, run, train_in_two_processes
 from conftest import phantom
 
 pytestmark = WARNINGS
@@ -86,15 +83,9 @@ def test_resuming_gives_the_uninterrupted_result(case: BundleCase, data: Path, t
 
 @cases
 def test_trains_in_two_processes(case: BundleCase, data: Path, tmp_path: Path) -> None:
-    configs = [str(case.folder / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
     overrides = {**SMALL_TRAINING, "dataset_dir": data, "output_dir": tmp_path, "epochs": 1}
     overrides.pop("device")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
-    command += [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_in_two_processes(case.folder, **overrides)
     state = torch.load(tmp_path / "model_last.pt", weights_only=True)
     # two training cases over two processes are one iteration each
     assert state["iteration"] == 1

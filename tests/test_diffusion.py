@@ -97,6 +97,16 @@ def test_low_resolution_averages_signals_not_tensors(tmp_path):
     assert np.abs(from_signals - from_tensors)[coarse.mask].max() > 1e-5  # mm^2/s: a mean of tensors would be wrong
 
 
+def test_interpolated_signals_lie_on_the_fine_grid(tmp_path):
+    """Tensors fitted to them are nearly those of the smooth field, at the fine voxels' places."""
+    coarse = read_series(write_series(tmp_path, (14, 14, 14), GRIDS["oblique"], margin=0)).coarse(2)
+    fine = coarse.fine(2)
+    np.testing.assert_allclose(fine.affine, GRIDS["oblique"], atol=1e-9)
+    inside = (slice(5, -5),) * 3
+    found = as_matrices(fit_tensors(fine))[inside]
+    np.testing.assert_allclose(found, field(positions((14, 14, 14), fine.affine))[inside], atol=3e-5)
+
+
 def test_maps():
     tensors = as_channels(np.diag([1.7e-3, 0.3e-3, 0.2e-3]))[None]
     values = np.array([1.7, 0.3, 0.2])

@@ -231,6 +231,7 @@ def prepare(
     shells: Sequence[float] | None = None,
     rate: int | None = 2,
     progress: bool = True,
+    interpolated: bool = False,
 ) -> list[Case]:
     """Make the tensors of both resolutions of each series, once.
 
@@ -243,9 +244,11 @@ def prepare(
         shells: see :meth:`memnet.diffusion.DiffusionSeries.select`.
         rate: voxels a side of a block; None makes no low resolution.
         progress: show a progress bar.
+        interpolated: also fit tensors to cubic interpolation of the low resolution's signals, to compare with.
 
     Returns:
-        ``{"subject", "tensor_low", "tensor_high", "mask_low", "mask_high"}`` of each, the latter four files.
+        ``{"subject", "tensor_low", "tensor_high", "mask_low", "mask_high"}`` of each, the latter four files, and
+        ``tensor_interpolated`` and ``mask_interpolated`` where asked for.
 
     Raises:
         ValueError: see :func:`read_series`.
@@ -255,7 +258,7 @@ def prepare(
     cases = []
     for one in tqdm(series, "preparing subjects", disable=not progress, ncols=100):
         folder = Path(cache_dir) / one["subject"]
-        resolutions = ("high",) if rate is None else ("low", "high")
+        resolutions = ["high"] if rate is None else ["low", "high", *(["interpolated"] if interpolated else [])]
         files = {
             f"{what}_{at}": str(folder / f"{what}_{at}.nii.gz") for at in resolutions for what in ("tensor", "mask")
         }
@@ -265,6 +268,8 @@ def prepare(
         if not is_there or not all(Path(file).is_file() for file in files.values()):
             fine = read_series(one["data"], one.get("mask")).select(shells)
             made = {"high": fine} if rate is None else {"high": fine.cropped(rate), "low": fine.coarse(rate)}
+            if rate is not None and interpolated:
+                made["interpolated"] = made["low"].fine(rate)
             record.unlink(missing_ok=True)
             for key, at in made.items():
                 tensors = fit_tensors(at, progress)
@@ -318,6 +323,7 @@ def find_tensor_cases(
     n_test: int = 1,
     split_seed: int = 0,
     rate: int = 2,
+    interpolated: str | None = None,
 ) -> dict[str, list[Case]]:
     """Find a data set's series, prepare them and split the subjects; nothing where no data set is named.
 
@@ -330,6 +336,7 @@ def find_tensor_cases(
         n_test: see :func:`split_subjects`.
         split_seed: see :func:`split_subjects`.
         rate: see :func:`prepare`.
+        interpolated: the section whose subjects get ``interpolated``, see :func:`prepare`.
 
     Returns:
         ``training``, ``validation`` and ``test``.
@@ -340,13 +347,20 @@ def find_tensor_cases(
     folder = existing_folder(str(dataset_dir), "diffusion series in HCP's or BIDS layout")
     if all((folder / section).is_dir() for section in sections):
         return {
-            section: prepare(find_series(folder / section), Path(cache_dir) / section, shells, rate)[
-                : n_training if section == "training" else None
-            ]
+            section: prepare(
+                find_series(folder / section),
+                Path(cache_dir) / section,
+                shells,
+                rate,
+                interpolated=section == interpolated,
+            )[: n_training if section == "training" else None]
             for section in sections
         }
     split = split_subjects(find_series(folder), n_training, n_validation, n_test, split_seed)
-    return {section: prepare(split[section], cache_dir, shells, rate) for section in sections}
+    return {
+        section: prepare(split[section], cache_dir, shells, rate, interpolated=section == interpolated)
+        for section in sections
+    }
 
 
 def repeat(cases: Sequence[Case], n: int | None = None) -> list[Case]:
@@ -356,15 +370,9 @@ def repeat(cases: Sequence[Case], n: int | None = None) -> list[Case]:
         cases: see :func:`prepare`.
         n: how many entries, from each of which a patch is drawn; one a subject where None.
     """
-    entries: list[Case] = [
-        {
-            "image": case["tensor_low"],
-            "mask": case["mask_low"],
-            "label": case["tensor_high"],
-            "label_mask": case["mask_high"],
-        }
-        for case in cases
-    ]
+    names = {"image": "tensor_low", "mask": "mask_low", "label": "tensor_high", "label_mask": "mask_high"}
+    names |= {"signals": "tensor_interpolated", "signals_mask": "mask_interpolated"}
+    entries = [{name: case[key] for name, key in names.items() if key in case} for case in cases]
     return [entries[i % len(entries)] for i in range(len(entries) if n is None else n)] if entries else []
 
 

@@ -18,7 +18,7 @@ from scipy import ndimage
 from torch.nn import functional
 
 from memnet.datasets.diffusion import read_tensors
-from memnet.diffusion import SYMMETRIC, rotate_tensors, rotation_of
+from memnet.diffusion import SYMMETRIC, complete_edge, rotate_tensors, rotation_of
 from memnet.transforms.grids import grid_of, same_grid
 from memnet.transforms.modalities import read_volume
 
@@ -28,7 +28,6 @@ __all__ = [
     "MarkRegionsd",
     "RandTensorPatchd",
     "RandTensorSymmetryd",
-    "complete_edge",
     "interpolate",
     "signed_permutations",
 ]
@@ -93,17 +92,6 @@ class LoadTensorsd(MapTransform):
         values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(content, -1, 0)))
         meta = {"filename_or_obj": str(path), "original_affine": affine, "space": "RAS"}
         return MetaTensor(values, affine=torch.from_numpy(turned), meta=meta)
-
-
-def complete_edge(tensors: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """Give each voxel outside the brain the tensor of the nearest voxel of the brain.
-
-    Args:
-        tensors: ``(C, D, H, W)``.
-        brain: ``(D, H, W)`` boolean, not empty.
-    """
-    nearest = ndimage.distance_transform_edt(~brain, return_distances=False, return_indices=True)
-    return tensors[:, nearest[0], nearest[1], nearest[2]]
 
 
 class CompleteEdged(MapTransform):
@@ -202,7 +190,9 @@ class RandTensorPatchd(MapTransform, Randomizable):
         sizes = np.array(image.shape[1:])
         if sizes.min() < self.patch_size:
             name = image.meta.get("filename_or_obj", "the image")
-            raise ValueError(f"{name}: {tuple(sizes.tolist())} voxels are fewer than a patch's {self.patch_size} a side")
+            raise ValueError(
+                f"{name}: {tuple(sizes.tolist())} voxels are fewer than a patch's {self.patch_size} a side"
+            )
         rate, half = label.shape[1] // image.shape[1], self.patch_size // 2
         voxels = torch.nonzero(_plain(brain)[0])
         centre = voxels[int(self.R.randint(len(voxels)))].tolist()

@@ -10,7 +10,7 @@ from diffusion_cases import GRIDS, field, positions
 from monai.data import MetaTensor
 
 from memnet.datasets.diffusion import write_tensors
-from memnet.diffusion import as_channels, as_matrices, block_mean, coarse_affine, fine_affine
+from memnet.diffusion import as_channels, as_matrices, block_mean, coarse_affine, complete_edge, fine_affine
 from memnet.superresolution import TensorLoss, ValidPatchInferer, errors_in
 from memnet.transforms.tensors import (
     CompleteEdged,
@@ -18,7 +18,6 @@ from memnet.transforms.tensors import (
     MarkRegionsd,
     RandTensorPatchd,
     RandTensorSymmetryd,
-    complete_edge,
     interpolate,
     signed_permutations,
     turn,

@@ -1,0 +1,121 @@
+"""Memory and time of a training step of the super-resolution networks: ``python -m memnet superresolution``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from memnet.chain import Memory
+from memnet.live_memory import peak_live_bytes
+from memnet.nets.espcn import ESPCNRevNet
+
+__all__ = ["StepCost", "measure_steps", "table"]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One training step: forward pass, squared error, backward pass.
+
+    Attributes:
+        n_blocks: blocks a stack; 0 is ESPCN.
+        memory: the memory strategy.
+        peak: bytes alive at once beyond the batch, parameters and their gradients apart.
+        seconds: median time, on a CPU of the processor, measured in turn with the others; NaN where none was timed.
+    """
+
+    n_blocks: int
+    memory: Memory
+    peak: int
+    seconds: float
+
+
+def measure_steps(
+    cases: Sequence[tuple[int, Memory]],
+    batch_size: int = 12,
+    patch_size: int = 11,
+    channels: Sequence[int] = (50, 100),
+    steps: int = 5,
+    device: str = "cpu",
+) -> list[StepCost]:
+    """Measure networks of six channels and an upsampling rate of 2.
+
+    Args:
+        cases: blocks a stack and memory strategy of each.
+        batch_size: patches a step.
+        patch_size: voxels a side of a patch.
+        channels: see :class:`memnet.ESPCNRevNet`.
+        steps: timed steps of each; 0 measures memory alone.
+        device: ``cpu`` or ``cuda``.
+    """
+    torch.manual_seed(0)
+    image = torch.randn(batch_size, 6, *(patch_size,) * 3, device=device)
+    label = torch.randn(batch_size, 6, *(2 * (patch_size - 4),) * 3, device=device)
+    networks = [ESPCNRevNet(n_blocks=n, channels=channels, memory=memory).to(device) for n, memory in cases]
+
+    def step(network: ESPCNRevNet) -> None:
+        functional.mse_loss(network(image), label).backward()
+
+    peaks = []
+    for network in networks:
+        step(network)  # libraries choose and load their kernels in the first step
+        network.zero_grad(set_to_none=True)
+        peaks.append(peak_live_bytes(lambda network=network: step(network), network.parameters(), device))  # type: ignore[misc]
+        network.zero_grad(set_to_none=True)
+    times: list[list[float]] = [[] for _ in networks]
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    for _ in range(steps):
+        for network, found in zip(networks, times, strict=True):
+            begin = clock()
+            step(network)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            found.append(clock() - begin)
+            network.zero_grad(set_to_none=True)
+    return [
+        StepCost(n, memory, peak, statistics.median(found) if found else math.nan)
+        for (n, memory), peak, found in zip(cases, peaks, times, strict=True)
+    ]
+
+
+def table(costs: Sequence[StepCost]) -> str:
+    """Return a markdown table; time is compared with ``store`` of as many blocks."""
+    stored = {cost.n_blocks: cost.seconds for cost in costs if cost.memory == "store"}
+    lines = ["| network | `memory` | peak, MiB | time, s | to `store` |", "|---|---|---|---|---|"]
+    for cost in costs:
+        ratio = cost.seconds / stored.get(cost.n_blocks, math.nan)
+        name = f"ESPCN-RN{cost.n_blocks}" if cost.n_blocks else "ESPCN"
+        shown = ["-" if math.isnan(x) else f"{x:.{digits}f}" for x, digits in ((cost.seconds, 3), (ratio, 2))]
+        lines.append(f"| {name} | {cost.memory} | {cost.peak / 2**20:.1f} | {shown[0]} | {shown[1]} |")
+    return "\n".join(lines)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command ``superresolution`` to the command line."""
+    parser = commands.add_parser("superresolution", help="measure memory and time of a step of ESPCN and ESPCN-RN")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[4], help="blocks a stack, besides ESPCN's 0")
+    parser.add_argument("--memory", nargs="+", default=["store", "checkpoint", "recursive", "invert"])
+    parser.add_argument("--batch_size", type=int, default=12)
+    parser.add_argument("--patch_size", type=int, default=11)
+    parser.add_argument("--channels", type=int, nargs=2, default=[50, 100])
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each; 0 measures memory alone")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(function=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    cases: list[tuple[int, Memory]] = [(0, "store")]
+    cases += [(n, memory) for n in arguments.blocks for memory in arguments.memory]
+    costs = measure_steps(
+        cases, arguments.batch_size, arguments.patch_size, arguments.channels, arguments.steps, arguments.device
+    )
+    hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU"
+    print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n{table(costs)}")
