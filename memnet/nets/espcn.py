@@ -39,6 +39,7 @@ class ESPCNRevNet(nn.Module):
         channels: channels after the first and after the second convolution.
         memory: what backpropagation keeps, see :class:`memnet.Chain`.
         fraction_bits: see :class:`memnet.AdditiveCoupling`; inputs should be of magnitude 1, as diffusivities in um^2/ms are.
+        identity_start: begin with stacks that change nothing, that is as ESPCN: the last convolution of each branch is zero.
 
     Raises:
         ValueError: an argument is out of range.
@@ -62,6 +63,7 @@ class ESPCNRevNet(nn.Module):
         channels: Sequence[int] = (50, 100),
         memory: Memory = "invert",
         fraction_bits: int | None = FRACTION_BITS,
+        identity_start: bool = False,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -81,7 +83,10 @@ class ESPCNRevNet(nn.Module):
         for i, kernel in enumerate(_KERNELS):
             n_in, n_out = widths[i : i + 2]
             if n_blocks > 0 and n_in > 1:
-                self.layers.append(_stack(spatial_dims, n_in, n_blocks, fraction_bits))
+                stack = _stack(spatial_dims, n_in, n_blocks, fraction_bits)
+                if identity_start:
+                    _set_to_identity(stack)
+                self.layers.append(stack)
             is_last = i == len(_KERNELS) - 1
             self.layers.append(Chain([_Convolution(spatial_dims, n_in, n_out, kernel, not is_last)], segment=1))
         self.memory = memory
@@ -165,6 +170,12 @@ def _stack(spatial_dims: int, channels: int, n_blocks: int, fraction_bits: int |
         for _ in range(n_blocks)
     ]
     return Chain([ChannelSplit(), *blocks, ChannelMerge()])
+
+
+def _set_to_identity(stack: Chain) -> None:
+    for branch in (module for module in stack.modules() if isinstance(module, _Bottleneck)):
+        for parameter in branch[-1].parameters():
+            nn.init.zeros_(parameter)
 
 
 class _Bottleneck(nn.Sequential):

@@ -138,6 +138,18 @@ def test_stacks_are_there_where_there_are_blocks():
     assert small(in_channels=1).layers[0][0][0].in_channels == 1  # one channel has no halves
 
 
+def test_identity_start_is_espcn():
+    x, net, espcn = image(7, 6), small(identity_start=True), small(n_blocks=0)
+    convolutions = [layer[0].state_dict() for layer in net.layers if len(layer) == 1]
+    for layer, weights in zip(espcn.layers, convolutions, strict=True):
+        layer[0].load_state_dict(weights)
+    assert torch.allclose(net(x), espcn(x), atol=1e-4)  # but for the rounding to the grid
+    gradients = step(net, [x], "invert")[1]
+    assert all(
+        gradients[name].any() for name in gradients if name.endswith("f.8.weight") or name.endswith("g.8.weight")
+    )
+
+
 @pytest.mark.parametrize("name", ["ESPCN", "ESPCNRevNet"])
 def test_is_reachable_from_configs(name):
     config = {"_target_": f"memnet.{name}", "in_channels": 4, "memory": "recursive"}
