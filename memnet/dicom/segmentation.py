@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from copy import deepcopy
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset
 
-from memnet.dicom.series import quiet
+from memnet.dicom.reading import guarded
 from memnet.dicom.stack import Stack
 from memnet.legends import Legend
 
@@ -64,14 +64,14 @@ def save_segmentation(labels: np.ndarray, stack: Stack, legend: Legend, target: 
 
     if labels.shape != stack.shape:
         raise ValueError(f"{target}: the labels have shape {labels.shape}, the images {stack.shape}")
-    headers = [stack.planes[0].header] if _is_one_file(stack) else [plane.header for plane in stack.planes]
+    headers = [stack.planes[0].header] if stack.planes[0].in_one_file else [plane.header for plane in stack.planes]
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
         if any(not header.get(keyword) for header in headers):
             raise ValueError(f"{target}: the images lack {keyword}, without which nothing can refer to them")
 
     classes = sorted(legend.classes.items(), key=lambda item: min(item[1][0]))
     # frames of one file stand in the file's order, which need not be that of their places
-    order = [plane.frame for plane in stack.planes] if _is_one_file(stack) else range(len(stack.planes))
+    order = [plane.frame for plane in stack.planes] if stack.planes[0].in_one_file else range(len(stack.planes))
     numbers = np.zeros((len(stack.planes), *stack.shape[1::-1]), dtype=np.uint8)
     for number, (_, (values, _)) in enumerate(classes, 1):
         numbers[list(order)] += number * np.isin(labels, values).transpose(2, 1, 0).astype(np.uint8)
@@ -91,7 +91,7 @@ def save_segmentation(labels: np.ndarray, stack: Stack, legend: Legend, target: 
         )
         for number, (name, (_, colour)) in enumerate(classes, 1)
     ]
-    with quiet():
+    with guarded(stack.planes[0].file):
         segmentation = highdicom.seg.Segmentation(
             source_images=[_without_patient(header) for header in headers],
             pixel_array=numbers,
@@ -112,11 +112,9 @@ def save_segmentation(labels: np.ndarray, stack: Stack, legend: Legend, target: 
         # required, and may be empty
         segmentation.ContentCreatorName = ""
         _belong(segmentation, headers[0])
-        _write(segmentation, Path(target))
-
-
-def _is_one_file(stack: Stack) -> bool:
-    return "NumberOfFrames" in stack.planes[0].header
+        encoded = BytesIO()
+        segmentation.save_as(encoded)
+    _write(encoded.getbuffer(), Path(target))
 
 
 def _without_patient(header: Dataset) -> Dataset:
@@ -137,10 +135,10 @@ def _belong(segmentation: Dataset, header: Dataset) -> None:
         segmentation[element.tag] = deepcopy(element)
 
 
-def _write(dataset: Any, target: Path) -> None:
+def _write(content: memoryview, target: Path) -> None:
     partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
     try:
-        dataset.save_as(partial)
+        partial.write_bytes(content)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

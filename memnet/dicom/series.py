@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pydicom
-from pydicom.dataset import Dataset
 from pydicom.uid import (
     EnhancedMRImageStorage,
     LegacyConvertedEnhancedMRImageStorage,
@@ -19,7 +17,9 @@ from pydicom.uid import (
     MRImageStorage,
 )
 
-__all__ = ["find_series", "holds_dicom", "quiet", "read_header", "split_uid"]
+from memnet.dicom.reading import DicomError, guarded
+
+__all__ = ["find_series", "holds_dicom", "split_uid"]
 
 logger = logging.getLogger("memnet")
 
@@ -28,6 +28,13 @@ _MR_IMAGES = (MRImageStorage, EnhancedMRImageStorage, LegacyConvertedEnhancedMRI
 _TAGS = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "ProtocolName", "NumberOfFrames"]
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _MOST_LISTED = 20
+
+
+@dataclass(frozen=True)
+class _Instance:
+    file: Path
+    description: str
+    n_frames: int
 
 
 def split_uid(path: str | Path) -> tuple[Path, str | None]:
@@ -65,91 +72,54 @@ def find_series(path: str | Path) -> list[Path]:
     """
     folder, uid = split_uid(path)
     if not folder.exists():
-        raise ValueError(f"{folder}: no such file or folder")
-    found: dict[str, dict[str, tuple[Path, Dataset]]] = {}
+        raise DicomError(f"{folder}: no such file or folder")
+    found: dict[str, dict[str, _Instance]] = {}
     others: dict[str, str] = {}
     n_foreign = 0
     for file in [folder] if folder.is_file() else _walk(folder):
         if not _is_dicom(file):
             if file.suffix.lower() in _SUFFIXES:
-                raise ValueError(f"{file}: damaged, or no DICOM file (it does not begin as one)")
+                raise DicomError(f"{file}: damaged, or no DICOM file (it does not begin as one)")
             n_foreign += 1
             continue
-        header = read_header(file, _TAGS)
-        kind, series = header.get("SOPClassUID"), str(header.get("SeriesInstanceUID"))
-        if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
-            continue
-        if not kind or not header.get("SeriesInstanceUID"):
-            raise ValueError(f"{file}: a damaged DICOM file, it lacks what tells its kind and series")
-        if kind in _MR_IMAGES:
-            found.setdefault(series, {}).setdefault(str(header.get("SOPInstanceUID", file)), (file, header))
-        else:
-            others[series] = kind.name if kind.name != kind else "objects of an unknown kind"
+        with guarded(file):
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+            kind, series = header.get("SOPClassUID"), str(header.get("SeriesInstanceUID") or "")
+            if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+                continue
+            if not kind or not series:
+                raise DicomError(f"{file}: a damaged DICOM file, it lacks what tells its kind and series")
+            if kind in _MR_IMAGES:
+                instance = str(header.get("SOPInstanceUID") or file)
+                description = str(header.get("SeriesDescription") or header.get("ProtocolName") or "")
+                found.setdefault(series, {})[instance] = _Instance(
+                    file, description, int(header.get("NumberOfFrames") or 1)
+                )
+            else:
+                others[series] = kind.name if kind.name != kind else "objects of an unknown kind"
     if not found and not others:
-        raise ValueError(
+        raise DicomError(
             f"{folder}: is a folder without DICOM files; expected a NIfTI file or the folder of a DICOM series"
         )
     if uid in others:
-        raise ValueError(
+        raise DicomError(
             f"{folder}: the series {uid} is {others[uid]}, no MR images, of which alone a volume can be made"
         )
     if not found:
         kinds = ", ".join(sorted(set(others.values())))
-        raise ValueError(f"{folder}: holds no MR images, of which alone a volume can be made, but {kinds}")
+        raise DicomError(f"{folder}: holds no MR images, of which alone a volume can be made, but {kinds}")
     if uid not in found and (uid is not None or len(found) > 1):
         what = f"holds no series {uid}, but" if uid else f"holds {len(found)} MR series; name one as {folder}:UID:"
-        raise ValueError(f"{folder}: {what} {_listed(found)}")
+        raise DicomError(f"{folder}: {what} {_listed(found)}")
     chosen = found[uid] if uid is not None else next(iter(found.values()))
     if n_foreign:
         logger.info("%s: %d files that are no DICOM were left out", folder, n_foreign)
-    return [file for file, _ in chosen.values()]
-
-
-def read_header(file: Path, tags: Sequence[str] | None = None) -> Dataset:
-    """Read a DICOM file without its pixels.
-
-    Args:
-        file: the file.
-        tags: keywords of what to read, everything if ``None``.
-
-    Raises:
-        ValueError: naming the file, if it is damaged.
-    """
-    try:
-        with quiet():
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(tags) if tags else None)
-            # values are parsed when they are asked for
-            for keyword in tags or ():
-                header.get(keyword)
-            return header
-    except OSError:
-        raise ValueError(f"{file}: cannot be read") from None
-    except Exception:  # a parser on damaged bytes raises anything, and quotes what it found, which may name the patient
-        raise ValueError(f"{file}: a damaged DICOM file") from None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep pydicom, which quotes the values that it finds odd, from telling a patient's name or birthday."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
-    levels = [each.level for each in loggers]
-    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        for each in loggers:
-            each.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for each, level in zip(loggers, levels, strict=True):
-                each.setLevel(level)
+    return [instance.file for instance in chosen.values()]
 
 
 def _is_dicom(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        raise ValueError(f"{file}: cannot be read") from None
+    with guarded(file), file.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -158,14 +128,12 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _listed(found: dict[str, dict[str, tuple[Path, Dataset]]]) -> str:
+def _listed(found: dict[str, dict[str, _Instance]]) -> str:
     lines = []
-    for uid, instances in found.items():
-        header = next(iter(instances.values()))[1]
-        description = str(header.get("SeriesDescription") or header.get("ProtocolName") or "")
-        shown = "".join(c for c in description if c.isprintable())[:64] or "no description"
-        n_images = sum(int(h.get("NumberOfFrames") or 1) for _, h in instances.values())
+    for uid, series in found.items():
+        instances = list(series.values())
+        shown = "".join(c for c in instances[0].description if c.isprintable())[:64] or "no description"
+        n_images = sum(instance.n_frames for instance in instances)
         lines.append(f"{uid} ({shown}, {n_images} image{'s' if n_images > 1 else ''})")
-    return ", ".join(lines[:_MOST_LISTED]) + (
-        f" and {len(lines) - _MOST_LISTED} more" if len(lines) > _MOST_LISTED else ""
-    )
+    more = f" and {len(lines) - _MOST_LISTED} more" if len(lines) > _MOST_LISTED else ""
+    return ", ".join(lines[:_MOST_LISTED]) + more

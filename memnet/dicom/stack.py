@@ -1,19 +1,19 @@
-"""Reads a DICOM series as one volume, or says why it is none."""
+"""Finds out how the slices of a DICOM series make one volume, or why they make none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 
-from memnet.dicom.series import find_series, quiet, read_header
+from memnet.dicom.reading import DicomError, guarded
+from memnet.dicom.series import find_series
 
-__all__ = ["Stack", "read_pixels", "read_stack"]
+__all__ = ["Plane", "Stack", "read_stack"]
 
 # where DICOM's x and y grow to the left and the back, NIfTI's grow to the right and the front
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -51,6 +51,11 @@ class Plane:
     scale: tuple[float, float]
     groups: Sequence[Dataset]
 
+    @property
+    def in_one_file(self) -> bool:
+        """Whether its file holds several slices, as enhanced ones do."""
+        return "NumberOfFrames" in self.header
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -81,45 +86,23 @@ def read_stack(path: str | Path) -> Stack:
         ValueError: if the series is no single regular volume, saying why, or a file is damaged.
     """
     files = find_series(path)
-    headers = [(file, read_header(file)) for file in files]
-    several = [file for file, header in headers if "NumberOfFrames" in header]
-    if several and len(files) > 1:
-        raise ValueError(f"{path}: the series has {len(files)} files, {len(several)} of several frames; give one file")
-    with quiet():
-        planes = [plane for file, header in headers for plane in _planes(file, header)]
-    return _stack(str(path), planes)
-
-
-def read_pixels(stack: Stack) -> np.ndarray:
-    """Read the voxels of a stack.
-
-    Returns:
-        ``(column, row, slice)``, float32, in the series' real values (rescale slope and intercept applied).
-
-    Raises:
-        ValueError: naming the file whose pixels cannot be read.
-    """
-    volume = np.empty(stack.shape, dtype=np.float32)
-    file, frames = None, np.empty(0)
-    for k, plane in enumerate(stack.planes):
-        if plane.file != file:
-            file, frames = plane.file, _frames(plane)
-        if plane.frame >= len(frames) or frames[plane.frame].shape != stack.shape[1::-1]:
-            raise ValueError(
-                f"{plane.file}: its pixels are not the {stack.shape[1]} rows of {stack.shape[0]} that it announces"
-            )
-        slope, intercept = plane.scale
-        volume[:, :, k] = (frames[plane.frame] * slope + intercept).T
-    return volume
+    planes: list[Plane] = []
+    for file in files:
+        with guarded(file):
+            planes += _planes(file, pydicom.dcmread(file, stop_before_pixels=True))
+    if len(files) > 1 and any(plane.in_one_file for plane in planes):
+        raise DicomError(f"{path}: the series has {len(files)} files, some of several frames; give one of them alone")
+    with guarded(path):
+        return _stack(str(path), planes)
 
 
 def _planes(file: Path, header: Dataset) -> list[Plane]:
     if "MOSAIC" in (header.get("ImageType") or []):
-        raise ValueError(
+        raise DicomError(
             f"{file}: a Siemens mosaic, whose slices lie side by side in one image; convert it with dcm2niix"
         )
     if header.get("SamplesPerPixel", 1) != 1 or header.get("PhotometricInterpretation", "MONOCHROME2") != "MONOCHROME2":
-        raise ValueError(f"{file}: its pixels are no plain grey values ({header.get('PhotometricInterpretation')})")
+        raise DicomError(f"{file}: its pixels are no plain grey values, colours for instance")
     shared = list(header.get("SharedFunctionalGroupsSequence") or [])
     own = list(header.get("PerFrameFunctionalGroupsSequence") or [])
     if not own:
@@ -142,32 +125,32 @@ def _plane(file: Path, header: Dataset, frame: int, groups: Sequence[Dataset]) -
                 except Exception:  # pydicom parses only now, and quotes what it found
                     values = np.array([np.nan])
                 if not np.isfinite(values).all():
-                    raise ValueError(f"{file}: its {keyword} is not {n} number{'s' if n > 1 else ''}")
+                    raise DicomError(f"{file}: its {keyword} is not {n} number{'s' if n > 1 else ''}")
                 return values
         if default is None:
-            raise ValueError(f"{file}: lacks {keyword}, without which no place in space is known")
+            raise DicomError(f"{file}: lacks {keyword}, without which no place in space is known")
         return np.full(n, default)
 
     for keyword in ("Rows", "Columns"):
         if numbers(keyword, 1)[0] < 1:
-            raise ValueError(f"{file}: has no {keyword.lower()}")
+            raise DicomError(f"{file}: has no {keyword.lower()}")
     axes, spacing = numbers("ImageOrientationPatient", 6).reshape(2, 3), numbers("PixelSpacing", 2)[::-1]
     if np.abs(axes @ axes.T - np.eye(2)).max() > 1e-2:
-        raise ValueError(f"{file}: its ImageOrientationPatient is not two directions at a right angle")
+        raise DicomError(f"{file}: its ImageOrientationPatient is not two directions at a right angle")
     if spacing.min() <= 0:
-        raise ValueError(f"{file}: its PixelSpacing is not positive")
+        raise DicomError(f"{file}: its PixelSpacing is not positive")
     scale = float(numbers("RescaleSlope", 1, 1.0)[0]), float(numbers("RescaleIntercept", 1, 0.0)[0])
     return Plane(file, header, frame, numbers("ImagePositionPatient", 3), axes, spacing, scale, groups)
 
 
 def _stack(name: str, planes: Sequence[Plane]) -> Stack:
     if len(planes) < 2:
-        raise ValueError(f"{name}: the series is a single image, expected a stack of them")
+        raise DicomError(f"{name}: the series is a single image, expected a stack of them")
     _require_one(name, planes, "sizes", lambda p: np.array([p.header.Columns, p.header.Rows], dtype=float), 0.5)
     _require_one(name, planes, "pixel spacings", lambda p: p.spacing, 1e-3 * float(planes[0].spacing.min()))
     _require_one(name, planes, "orientations, as localizers are", lambda p: p.axes, 1e-3)
     if len({str(p.header.get("FrameOfReferenceUID")) for p in planes}) > 1:
-        raise ValueError(
+        raise DicomError(
             f"{name}: its slices have several frames of reference, so that they have no place to each other"
         )
     first = planes[0]
@@ -180,7 +163,7 @@ def _stack(name: str, planes: Sequence[Plane]) -> Stack:
     in_plane = float(np.linalg.norm(step - (step @ normal) * normal))
     tilt = float(np.degrees(np.arctan2(in_plane, step @ normal)))
     if tilt > _LARGEST_TILT and in_plane * (len(planes) - 1) > 2 * _TOLERANCE * first.spacing.min():
-        raise ValueError(
+        raise DicomError(
             f"{name}: the slices are stacked askew, by {tilt:.2g} degrees (a tilted gantry), so that no grid of right angles "
             "fits; resample the series first"
         )
@@ -188,7 +171,7 @@ def _stack(name: str, planes: Sequence[Plane]) -> Stack:
     off = np.linalg.norm(positions - expected, axis=1)
     if off.max() > _TOLERANCE * min(float(np.linalg.norm(step)), *first.spacing):
         worst = planes[int(off.argmax())]
-        raise ValueError(
+        raise DicomError(
             f"{name}: {_called(worst)} is {off.max():.3g} mm off the place that a regular stack would give it"
         )
     affine = np.eye(4)
@@ -206,7 +189,7 @@ def _require_one(
         if all(np.abs(of(plane) - kind).max() > tolerance for kind in kinds):
             kinds.append(of(plane))
     if len(kinds) > 1:
-        raise ValueError(f"{name}: its {len(planes)} images have {len(kinds)} different {what}; a volume has one")
+        raise DicomError(f"{name}: its {len(planes)} images have {len(kinds)} different {what}; a volume has one")
 
 
 def _require_even(name: str, planes: Sequence[Plane], along: np.ndarray) -> None:
@@ -221,7 +204,7 @@ def _require_even(name: str, planes: Sequence[Plane], along: np.ndarray) -> None
     step = float(np.median(gaps[gaps > 1e-3])) if (gaps > 1e-3).any() else 0.0
     n_places = 1 + int((gaps > _TOLERANCE * step).sum())
     if step == 0 or n_places < len(planes):
-        raise ValueError(
+        raise DicomError(
             f"{name}: holds {len(planes)} images at {n_places} places, several volumes rather than one{_differing(planes)}; "
             "put one in a folder of its own"
         )
@@ -230,12 +213,12 @@ def _require_even(name: str, planes: Sequence[Plane], along: np.ndarray) -> None
     if (wide & (n_missing > 0)).any():
         k = int(np.flatnonzero(wide & (n_missing > 0))[0])
         n = int(n_missing[wide].sum())
-        raise ValueError(
+        raise DicomError(
             f"{name}: {n} slice{'s are' if n > 1 else ' is'} missing, the first after {_called(planes[k])} "
             f"({gaps[k]:.3g} mm to the next, {step:.3g} mm elsewhere)"
         )
     if wide.any() or (gaps < (1 - 2 * _TOLERANCE) * step).any():
-        raise ValueError(f"{name}: the distance between slices varies, from {gaps.min():.3g} to {gaps.max():.3g} mm")
+        raise DicomError(f"{name}: the distance between slices varies, from {gaps.min():.3g} to {gaps.max():.3g} mm")
 
 
 def _differing(planes: Sequence[Plane]) -> str:
@@ -247,33 +230,4 @@ def _differing(planes: Sequence[Plane]) -> str:
 
 
 def _called(plane: Plane) -> str:
-    return f"frame {plane.frame + 1}" if "NumberOfFrames" in plane.header else plane.file.name
-
-
-def _frames(plane: Plane) -> np.ndarray:
-    """Decode the pixels of a slice's file, ``(frame, row, column)``."""
-    try:
-        with quiet():
-            pixels: Any = pydicom.dcmread(plane.file).pixel_array
-    except Exception as error:
-        pixels = _decoded_elsewhere(plane)
-        if pixels is None:
-            reason = "" if isinstance(error, MemoryError) else ", or they are coded in a way that no reader here knows"
-            raise ValueError(f"{plane.file}: its pixels cannot be read, cut short or damaged{reason}") from None
-    return pixels if pixels.ndim == 3 else pixels[None]
-
-
-def _decoded_elsewhere(plane: Plane) -> np.ndarray | None:
-    """Decode by SimpleITK what pydicom has no decoder for, such as lossless JPEG; ``None`` if it cannot either."""
-    if not plane.header.file_meta.TransferSyntaxUID.is_compressed:
-        return None
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        pixels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(plane.file), SimpleITK.sitkFloat64))
-    except RuntimeError:
-        return None
-    # it has applied slope and intercept, of which it knows one pair a file
-    slope, intercept = plane.scale
-    return None if "NumberOfFrames" in plane.header else (pixels - intercept) / slope
+    return f"frame {plane.frame + 1}" if plane.in_one_file else plane.file.name

@@ -148,15 +148,17 @@ def test_patient_of_any_kind_is_taken_over_and_told_nowhere(
 def test_segmentation_is_complete_or_absent(
     scan: Path, labels: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def disk_full(self: Any, filename: Any, **_: Any) -> None:
-        Path(filename).write_bytes(b"half a fi")
-        raise OSError("No space left on device")
-
     target = tmp_path / "seg.dcm"
     target.write_bytes(b"an earlier one")
-    monkeypatch.setattr(pydicom.Dataset, "save_as", disk_full)
+    stack, write = read_stack(scan), Path.write_bytes
+
+    def disk_full(self: Path, content: Any) -> None:
+        write(self, b"half a fi")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        save_segmentation(labels, read_stack(scan), LEGENDS["tissue"], target)
+        save_segmentation(labels, stack, LEGENDS["tissue"], target)
     assert target.read_bytes() == b"an earlier one"
     assert not list(tmp_path.glob(".partial*"))
 

@@ -15,6 +15,7 @@ from fire.parser import DefaultParseValue
 from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MediaStorageDirectoryStorage, SegmentationStorage
 
+from memnet.bundle import input_error
 from memnet.dicom import read_pixels, read_stack
 from memnet.scans import find_scans, list_scans
 from memnet.transforms.modalities import read_volume
@@ -159,7 +160,7 @@ REFUSED: dict[str, tuple[Callable[[Path, np.ndarray], object], str]] = {
     ),
     "two enhanced files": (
         lambda f, v: [write_enhanced(f / f"{k}.dcm", v, np.eye(4), order=range(6)) for k in range(2)],
-        "2 files, 2 of several frames",
+        "2 files, some of several frames",
     ),
     "no DICOM inside": (lambda f, v: (f.mkdir(), (f / "a.txt").write_text("a")), "is a folder without DICOM files"),
     "no DICOM by that name": (lambda f, v: (f.mkdir(), (f / "a.dcm").write_text("a")), r"a\.dcm: damaged, or no DICOM"),
@@ -264,3 +265,24 @@ def test_odd_values_do_not_tell_the_patient(
         assert keyword in message
     assert (message == "") == keyword.startswith("Patient")
     assert not any(secret in message + caplog.text for secret in SECRETS)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_bytes_are_a_volume_or_a_reason(seed: int, values: np.ndarray, tmp_path: Path) -> None:
+    write_series(tmp_path / "classic", values[..., :3])
+    write_enhanced(tmp_path / "enhanced" / "e.dcm", values[..., :3], np.eye(4), order=[2, 0, 1])
+    rng = np.random.default_rng(seed)
+    for file in tmp_path.glob("*/*.dcm"):
+        whole = file.read_bytes()
+        for _ in range(15):
+            content = bytearray(whole[: rng.integers(132, len(whole))] if rng.random() < 0.3 else whole)
+            at = rng.integers(128, len(content), 3)
+            content[at[0]] = content[at[1]] = rng.integers(256)
+            content[at[2] : at[2] + 4] = rng.bytes(rng.integers(8))
+            file.write_bytes(content)
+            try:
+                assert read_volume(file.parent).shape[0] == 1
+            except ValueError as error:
+                assert input_error(error) is error
+                assert not any(secret in str(error) for secret in SECRETS)
+        file.write_bytes(whole)
