@@ -202,12 +202,18 @@ class DiffusionSeries:
         )
 
     def fine(self, rate: int = 2) -> DiffusionSeries:
-        """Raise the resolution by cubic interpolation of the signals, those of the brain going on beyond its edge."""
-        completed = np.moveaxis(complete_edge(np.moveaxis(self.signals, -1, 0), self.mask), 0, -1)
-        volumes = [
-            ndimage.zoom(completed[..., i], rate, order=3, mode="nearest", grid_mode=True)
-            for i in range(completed.shape[-1])
-        ]
+        """Raise the resolution by cubic interpolation of the signals, those of the brain going on beyond its edge.
+
+        What is interpolated stays between the least and the largest signal of the neighbouring coarse voxels: splines
+        overshoot, and no tensor follows a signal of 0 or less.
+        """
+        completed = complete_edge(np.moveaxis(self.signals, -1, 0), self.mask)
+        volumes = []
+        for volume in completed:
+            bounds = [f(volume, 3, mode="nearest") for f in (ndimage.minimum_filter, ndimage.maximum_filter)]
+            least, largest = (x.repeat(rate, 0).repeat(rate, 1).repeat(rate, 2) for x in bounds)
+            refined = ndimage.zoom(volume, rate, order=3, mode="nearest", grid_mode=True)
+            volumes.append(np.clip(refined, least, largest))
         mask = self.mask.repeat(rate, 0).repeat(rate, 1).repeat(rate, 2)
         return replace(self, signals=np.stack(volumes, -1), mask=mask, affine=fine_affine(self.affine, rate))
 

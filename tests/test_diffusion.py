@@ -105,6 +105,10 @@ def test_interpolated_signals_lie_on_the_fine_grid(tmp_path):
     inside = (slice(5, -5),) * 3
     found = as_matrices(fit_tensors(fine))[inside]
     np.testing.assert_allclose(found, field(positions((14, 14, 14), fine.affine))[inside], atol=3e-5)
+    signals = coarse.signals.copy()
+    signals[3, 3, 3], signals[4:, 4:, 4:] = 1000, 1
+    jumps = replace(coarse, signals=signals).fine(2).signals
+    assert 1 <= jumps.min() and jumps.max() <= 1000
 
 
 def test_maps():
