@@ -99,9 +99,15 @@ def espirit_maps(
     start = [n // 2 - side // 2 for n, side in zip(kspace.shape[-2:], sides, strict=True)]
     region = kspace[..., start[0] : start[0] + sides[0], start[1] : start[1] + sides[1]]
     to_image = [_kernel_transform(n, kernel, region) for n in kspace.shape[-2:]]
-    return torch.stack(
-        [_slice_maps(region[:, i], to_image, kernel, threshold, crop, n_iterations) for i in range(kspace.shape[1])], 1
-    )
+    # one virtual coil for all slices, so that phases do not jump between them; an eigenvector's own phase is arbitrary
+    samples = region.flatten(1)
+    principal = torch.linalg.eigh(samples @ samples.mH)[1][:, -1]
+    principal = principal * torch.polar(torch.ones(()), -principal[0].angle().cpu()).to(principal)
+    slices = [
+        _slice_maps(region[:, i], principal, to_image, kernel, threshold, crop, n_iterations)
+        for i in range(kspace.shape[1])
+    ]
+    return torch.stack(slices, 1)
 
 
 def simulated_maps(shape: Sequence[int], n_coils: int = 8, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -142,6 +148,7 @@ def _kernel_transform(n: int, kernel: int, like: torch.Tensor) -> torch.Tensor:
 
 def _slice_maps(
     region: torch.Tensor,
+    principal: torch.Tensor,
     to_image: Sequence[torch.Tensor],
     kernel: int,
     threshold: float,
@@ -161,9 +168,7 @@ def _slice_maps(
     shifts = torch.arange(1 - kernel, kernel, device=region.device) % (2 * kernel)
     correlation = correlation[..., shifts[:, None], shifts] / kernel**2
     projection = torch.einsum("ya,ijab,zb->yzij", to_image[0], correlation, to_image[1])
-    # the principal coil, from which the iteration starts and against which the phase is taken
-    samples = region.flatten(1)
-    principal = torch.linalg.eigh(samples @ samples.mH)[1][:, -1]
+    # The projection is Hermitian and not negative: what starts at the principal coil keeps a real product with it.
     maps = (projection @ principal[:, None]) + 1e-6 * principal[:, None]
     value = maps.new_zeros(size).real
     for _ in range(n_iterations):
@@ -172,6 +177,5 @@ def _slice_maps(
         value = (maps.conj() * image).sum((-2, -1)).real
         maps = image
     maps = (maps / maps.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny))[..., 0]
-    phase = (maps * principal.conj()).sum(-1, keepdim=True)
-    maps = maps * torch.where(value > crop, torch.polar(torch.ones_like(value), -phase[..., 0].angle()), 0)[..., None]
+    maps = maps * (value > crop)[..., None]
     return maps.movedim(-1, 0).contiguous()

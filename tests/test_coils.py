@@ -60,6 +60,20 @@ def test_phase_of_the_maps_is_smooth():
     assert (found[..., 1:] - found[..., :-1]).abs().amax(0)[both].max() < 0.2
 
 
+def test_phase_of_the_maps_does_not_jump_between_slices():
+    csm = simulated_maps((6, 40, 36), 4, torch.Generator().manual_seed(0))
+    kspace = image_to_kspace(csm * disc(6), (-2, -1))
+    found = espirit_maps(kspace, (20, 20))
+    assert (found[:, 1:] - found[:, :-1]).abs().amax(0)[:, disc(1)[0] > 0].max() < 0.4
+
+
+def test_the_strongest_virtual_coil_is_real():
+    kspace, _, _ = example()
+    turned = compress_coils(kspace[:, :1] * torch.polar(torch.ones(4), torch.arange(4.0)).view(4, 1, 1, 1), 4)
+    found = espirit_maps(turned, (24, 24))[0]
+    assert found.real.min() > -1e-4 and found.imag.abs().max() < 1e-3
+
+
 def test_an_empty_slice_has_no_maps():
     kspace = torch.zeros(3, 1, 16, 16, dtype=torch.complex64)
     assert not espirit_maps(kspace, (16, 16)).any()

@@ -247,7 +247,7 @@ class RandUndersampled(RandomizableTransform):
             left, mask = self.mask(_plain(d["kspace"]))
         except ValueError as error:
             raise ValueError(f"{_file(d)}: {error}") from error
-        d["kspace"], d["mask"] = _like(left * d["mask"], d["kspace"]), mask & d["mask"]
+        d["kspace"], d["mask"] = _like(left, d["kspace"]), mask & d["mask"]
         return d
 
 
