@@ -78,7 +78,7 @@ def read_series(data: str | Path, mask: str | Path | None = None) -> DiffusionSe
         data: 4D NIfTI. FSL's and HCP's ``bvals`` and ``bvecs``, or files of its own name with the suffixes ``.bval`` and
             ``.bvec`` (BIDS) or ``.bvals`` and ``.bvecs``, must lie beside it.
         mask: the brain on the same grid; where None HCP's ``nodif_brain_mask.nii.gz`` or a BIDS ``_mask`` beside the
-            series is taken, else what is not 0 of a series stripped before, else DIPY's median_otsu decides.
+            series is taken, else DIPY's median_otsu of the image of b = 0 decides.
 
     Returns:
         The series.
@@ -467,11 +467,10 @@ def _count_negative(tensors: np.ndarray, name: str | Path) -> None:
 
 
 def _find_brain(b0: np.ndarray) -> np.ndarray:
-    if (b0 == 0).mean() > 0.2:
-        return b0 > 0  # stripped already
     from dipy.segment.mask import median_otsu
 
-    return median_otsu(b0, median_radius=2, numpass=1)[1]
+    # A background of 0 does not tell a stripped series: many scanners set air to 0 and leave the skull.
+    return median_otsu(b0, median_radius=2, numpass=1)[1] & (b0 > 0)
 
 
 def _beside(data: Path, what: str, *names: str) -> Path:
