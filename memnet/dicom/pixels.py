@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.uid import JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless
+from pydicom.uid import JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless
 
 from memnet.dicom.reading import DicomError, guarded
 from memnet.dicom.stack import Plane, Stack
 
 __all__ = ["read_pixels"]
 
-_DECODED_ELSEWHERE = (JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless)
+# pydicom 2 and 3 disagree on the name of the last
+_LOSSLESS_JPEG = (JPEGLosslessSV1, "1.2.840.10008.1.2.4.57")
+_DECODED_ELSEWHERE = (JPEGExtended12Bit, JPEGLSLossless, JPEGLSNearLossless, *_LOSSLESS_JPEG)
 
 
 def read_pixels(stack: Stack) -> np.ndarray:

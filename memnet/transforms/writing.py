@@ -87,7 +87,10 @@ class SaveSegmentationd(MapTransform):
             try:
                 save_segmentation(d[key][0].cpu().numpy().astype(np.uint8), read_stack(scan), self.legend, target)
             except (ImportError, ValueError) as error:
-                logger.warning("%s: no DICOM segmentation of it is written (%s)", scan, error)
+                reason = (
+                    'highdicom is missing: pip install "memnet[dicom]"' if isinstance(error, ImportError) else error
+                )
+                logger.warning("%s: no DICOM segmentation of it is written (%s)", scan, reason)
                 continue
             meta["segmentation"] = str(target)
         return d

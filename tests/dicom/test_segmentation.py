@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,13 @@ def test_what_nothing_can_refer_to_keeps_its_label_map(
 def test_labels_of_another_grid_are_refused(scan: Path, labels: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shape \(7, 8, 6\), the images \(8, 7, 6\)"):
         save_segmentation(labels.transpose(1, 0, 2), read_stack(scan), LEGENDS["tissue"], tmp_path / "seg.dcm")
+
+
+def test_without_highdicom_the_label_map_is_kept(
+    labels: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    scan = write_series(tmp_path / "scan", labels.astype(np.int16))
+    meta = {"filename_or_obj": str(scan), "saved_to": str(tmp_path / "scan_tissue.nii.gz")}
+    SaveSegmentationd("pred", "tissue")({"pred": MetaTensor(labels[None], meta=meta)})
+    assert 'pip install "memnet[dicom]"' in caplog.text
