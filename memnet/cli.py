@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from memnet import __version__, scoring, training_memory, tumor_scoring
+from memnet import __version__, planner, scoring, training_memory, tumor_scoring
 from memnet.benchmarks import comparison, depth, superresolution, unrolled
 from memnet.bundle import input_error
 from memnet.datasets import diffusion_blocks
@@ -16,6 +16,7 @@ __all__ = ["main"]
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     scoring.add_parser,
     tumor_scoring.add_parser,
+    planner.add_parser,
     training_memory.add_parser,
     comparison.add_parser,
     depth.add_parser,

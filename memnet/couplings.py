@@ -125,7 +125,7 @@ def _sum(gradient: torch.Tensor, step: torch.Tensor | None, others: Sequence[tor
         return gradient
     storage = step.untyped_storage()
     # Autograd may hand one tensor to several: the identity hands on the source, a sum the same to both of its terms.
-    shared = any(storage.data_ptr() == other.untyped_storage().data_ptr() for other in others)
+    shared = any(storage._cdata == other.untyped_storage()._cdata for other in others)
     if storage.nbytes() == step.nbytes and not shared:
         return step.add_(gradient)
     return gradient + step

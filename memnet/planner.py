@@ -1,0 +1,284 @@
+"""Says beforehand what a training takes and what fits: ``python -m memnet plan``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+from monai.bundle import ConfigParser
+from torch import nn
+
+from memnet.chain import Chain, Memory
+from memnet.dry_run import dry_run
+
+__all__ = ["Plan", "TrainingStep", "largest_patch", "parse_bytes"]
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+# losses whose target looks like the prediction; others take a label map of one channel
+_OF_ONE_SHAPE = (nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss)
+
+
+class Plan(NamedTuple):
+    """What one training step would take.
+
+    Attributes:
+        memory: the memory strategy; None for a network without one.
+        precision: ``float32``, or ``bfloat16`` for autocast.
+        patch: spatial sizes, voxels.
+        batch: patches a step.
+        peak: bytes alive at once in the forward and backward pass, parameters and their gradients apart.
+        state: bytes of the parameters, their gradients and the two averages of Adam.
+        flops: floating-point operations of convolutions and matrix products.
+    """
+
+    memory: str | None
+    precision: str
+    patch: tuple[int, ...]
+    batch: int
+    peak: int
+    state: int
+    flops: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.peak + self.state
+
+
+class TrainingStep:
+    """The training step that a MONAI config describes, to be planned for.
+
+    Args:
+        config_file: the config; several files are merged as MONAI merges them.
+        overrides: values by id, such as ``{"network_def#channels": 16}``.
+        network_id: the config's id of the network, any ``torch.nn.Module``.
+        loss_id: its id of the loss; where it has none, the sum of the outputs is differentiated.
+
+    Raises:
+        ValueError: a file is missing, or the config has no such network.
+    """
+
+    def __init__(
+        self,
+        config_file: str | Path | Sequence[str],
+        overrides: dict[str, Any] | None = None,
+        network_id: str = "network_def",
+        loss_id: str = "loss",
+    ) -> None:
+        files = [config_file] if isinstance(config_file, str | Path) else list(config_file)
+        for file in files:
+            if not Path(file).is_file():
+                raise ValueError(f"{file}: no such config")
+        self._content = ConfigParser.load_config_files([str(file) for file in files])
+        self._overrides = overrides or {}
+        self._network_id, self._loss_id = network_id, loss_id
+        parser = self._parser(None)
+        if network_id not in parser:
+            raise ValueError(f"{', '.join(map(str, files))}: has no {network_id}; name the network's id (--network_id)")
+        network = self._build_without_data(None)
+        self.strategies: list[str | None] = [None]
+        if any(isinstance(module, Chain) for module in network.modules()):
+            self.strategies = [memory for memory in get_args(Memory) if self._supports(memory)]
+        self._n_parameters = sum(p.numel() for p in network.parameters())
+        self.in_channels = self._number(parser, f"{network_id}#in_channels", 1)
+        self.batch = self._number(parser, "batch_size", 1) * self._number(parser, "patches_per_volume", 1)
+        patch = parser.get_parsed_content("patch_size") if "patch_size" in parser else [64] * 3
+        self.patch = tuple(patch)
+
+    def plan(self, memory: str | None, precision: str = "float32", patch: Sequence[int] = (), batch: int = 0) -> Plan:
+        """Simulate the step.
+
+        Args:
+            memory: a strategy of the network; None leaves the config's.
+            precision: ``float32`` or ``bfloat16``.
+            patch: spatial sizes, voxels; the config's where empty.
+            batch: patches a step; the config's where 0.
+
+        Raises:
+            ValueError: ``precision`` is unknown.
+            RuntimeError: the network cannot be simulated.
+        """
+        if precision not in _PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}")
+        patch, batch, dtype = tuple(patch) or self.patch, batch or self.batch, _PRECISIONS[precision]
+
+        def make() -> tuple[Callable[[], object], Iterable[torch.Tensor]]:
+            parser = self._parser(memory)
+            network = parser.get_parsed_content(self._network_id).train()
+            loss = parser.get_parsed_content(self._loss_id) if self._loss_id in parser else None
+            image = torch.rand(batch, self.in_channels, *patch)
+            label = torch.zeros(batch, 1, *patch)
+
+            def run() -> None:
+                with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                    prediction = network(image)
+                if loss is None:
+                    parts = prediction if isinstance(prediction, list | tuple) else [prediction]
+                    sum(part.float().sum() for part in parts).backward()
+                elif isinstance(loss, _OF_ONE_SHAPE):
+                    loss(prediction, torch.zeros_like(prediction)).backward()
+                else:
+                    loss(prediction, label).backward()
+
+            return run, list(network.parameters())
+
+        found = dry_run(make, unfolding=True)
+        state = 4 * 4 * self._n_parameters
+        return Plan(memory, precision, tuple(patch), batch, found.peak, state, found.flops)
+
+    def _build_without_data(self, memory: str | None) -> nn.Module:
+        with torch.device("meta"):
+            return self._parser(memory).get_parsed_content(self._network_id)
+
+    def _supports(self, memory: str) -> bool:
+        try:
+            self._build_without_data(memory)
+        except RuntimeError:  # MONAI's, around the network's own
+            return False
+        return True
+
+    def _parser(self, memory: str | None) -> ConfigParser:
+        parser = ConfigParser(json.loads(json.dumps(self._content)))
+        for key, value in self._overrides.items():
+            parser[key] = value
+        if "device" in parser:
+            parser["device"] = "cpu"
+        if memory is not None:
+            parser[f"{self._network_id}#memory"] = memory
+        return parser
+
+    @staticmethod
+    def _number(parser: ConfigParser, key: str, default: int) -> int:
+        return int(parser.get_parsed_content(key)) if key in parser else default
+
+
+def largest_patch(
+    step: TrainingStep, budget: int, memory: str | None, precision: str, multiple: int = 8
+) -> Plan | None:
+    """Find the largest cube (square, interval) that fits.
+
+    Args:
+        step: the training step.
+        budget: bytes for activations, parameters, gradients and Adam's averages.
+        memory: see :meth:`TrainingStep.plan`.
+        precision: likewise.
+        multiple: sides that are tried are multiples of it.
+
+    Returns:
+        The plan of that patch, or None if not even a side of twice ``multiple`` fits.
+    """
+    n_dims = len(step.patch)
+    known = [step.plan(memory, precision, [side] * n_dims) for side in (4 * multiple, 8 * multiple)]
+    voxels = [prod(plan.patch) for plan in known]
+    slope = (known[1].total - known[0].total) / (voxels[1] - voxels[0])
+    fitting = max(0.0, (budget - known[0].total) / slope + voxels[0])
+    side = int(fitting ** (1 / n_dims) + 1e-6) // multiple * multiple
+    while side >= 2 * multiple:
+        # what grows with the volume alone would need no second look; borders and unfolded convolutions do
+        plan = step.plan(memory, precision, [side] * n_dims)
+        if plan.total <= budget:
+            return plan
+        side -= multiple
+    return None
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes such as ``12GiB``, ``800 MB`` or ``1e9``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    unit = found.group(2).upper() if found else ""
+    if not found or (unit not in _UNITS and unit + "B" not in _UNITS):
+        raise ValueError(f"{text!r} is no amount of memory; write 12GiB or 800MB")
+    return int(float(found.group(1)) * _UNITS.get(unit, _UNITS.get(unit + "B", 1)))
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command ``plan`` to the subparsers of the command line."""
+    parser = commands.add_parser(
+        "plan",
+        help="what a training would take, and the largest patch that fits, without running it",
+        description="Simulates a training step of a config on tensors without data, for each memory strategy and precision.",
+    )
+    parser.add_argument("--config_file", nargs="+", required=True, help="a bundle's train.json, or any MONAI config")
+    parser.add_argument("--budget", help="memory of the card, such as 12GiB: finds the largest patch that fits")
+    parser.add_argument(
+        "--patch", type=int, nargs="+", default=[], help="sides of cubic patches; the config's by default"
+    )
+    parser.add_argument("--batch", type=int, default=0, help="patches a step; the config's by default")
+    parser.add_argument("--memory", nargs="+", choices=get_args(Memory), help="strategies; all by default")
+    parser.add_argument("--precision", nargs="+", choices=list(_PRECISIONS), default=list(_PRECISIONS))
+    parser.add_argument("--network_id", default="network_def", help="the config's id of the network")
+    parser.add_argument("--loss_id", default="loss", help="the config's id of the loss")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="ID=VALUE", help="overrides: network_name=partially vae=false"
+    )
+    parser.set_defaults(function=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    a = arguments
+    budget = parse_bytes(a.budget) if a.budget else None
+    step = TrainingStep(a.config_file, dict(_override(text) for text in a.set), a.network_id, a.loss_id)
+    strategies = step.strategies if step.strategies == [None] else a.memory or step.strategies
+    patches = [(side,) * len(step.patch) for side in a.patch] or [step.patch]
+    stored: dict[Any, float] = {}
+    print("| `memory` | precision | patch | patches a step | activations, MiB | in all, MiB | operations |")
+    print("|---|---|---|---|---|---|---|")
+    best: Plan | None = None
+    for precision in a.precision:
+        for memory in strategies:
+            plans = [step.plan(memory, precision, patch, a.batch) for patch in patches]
+            if budget is not None:
+                largest = largest_patch(step, budget, memory, precision)
+                plans += [largest] if largest else []
+                if largest and (best is None or prod(largest.patch) > prod(best.patch)):
+                    best = largest
+            for plan in plans:
+                print(_row(plan, stored, budget), flush=True)
+    print()
+    print("In all: with parameters, gradients and Adam's averages. Operations: to those of `store` at the same patch.")
+    print("A GPU's convolutions and its context come on top.")
+    if budget is not None:
+        print()
+        print(f"Fits in {a.budget}: {_line(best, a.network_id)}" if best else f"Nothing fits in {a.budget}.")
+
+
+def _row(plan: Plan, stored: dict[Any, float], budget: int | None) -> str:
+    key = plan.precision, plan.patch, plan.batch
+    per_voxel = plan.flops / prod(plan.patch)
+    if plan.memory == "store":
+        stored[plan.precision] = stored.setdefault(key, per_voxel)
+    reference = stored.get(key, stored.get(plan.precision))
+    operations = "-" if not reference else f"{per_voxel / reference:.2f}"
+    size = " x ".join(map(str, plan.patch))
+    fits = "" if budget is None else " (fits)" if plan.total <= budget else " (too much)"
+    return (
+        f"| {plan.memory or '-'} | {plan.precision} | {size} | {plan.batch} | {plan.peak / 2**20:.0f} "
+        f"| {plan.total / 2**20:.0f}{fits} | {operations} |"
+    )
+
+
+def _line(plan: Plan, network_id: str) -> str:
+    """Return the overrides to paste."""
+    memory = "" if plan.memory is None else f" --{network_id}#memory {plan.memory}"
+    return f'--patch_size "{list(plan.patch)}"{memory} --amp {json.dumps(plan.precision == "bfloat16")}'
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} is no override; write ID=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value

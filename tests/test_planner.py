@@ -1,0 +1,150 @@
+"""What the planner foretells is what a step then takes, for any network that a config names."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import MEMORIES
+from monai.bundle import ConfigParser
+
+from memnet.cli import main
+from memnet.dry_run import dry_run
+from memnet.live_memory import peak_live_bytes
+from memnet.planner import TrainingStep, largest_patch, parse_bytes
+
+CONTENT: dict[str, Any] = {
+    "network_name": "fully",
+    "batch_size": 1,
+    "patches_per_volume": 2,
+    "patch_size": [24, 24, 24],
+    "network_def": {
+        "_target_": "memnet.networks.segmentation_network",
+        "name": "@network_name",
+        "in_channels": 2,
+        "out_channels": 3,
+        "channels": 8,
+        "n_levels": 2,
+        "memory": None,
+    },
+    "loss": {"_target_": "memnet.InvResLoss"},
+}
+PEER = {"_target_": "BasicUNet", "in_channels": 2, "out_channels": 3, "features": [8, 8, 16, 16, 16, 8]}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(CONTENT))
+    return file
+
+
+def measured(memory: str | None, precision: str, patch: list[int], batch: int, **changes: Any) -> int:
+    """Peak of the step that the config describes, on real tensors."""
+    parser = ConfigParser(copy.deepcopy({**CONTENT, **changes}))
+    if memory is not None:
+        parser["network_def#memory"] = memory
+    network, loss = parser.get_parsed_content("network_def"), parser.get_parsed_content("loss")
+    image, label = torch.rand(batch, 2, *patch), torch.zeros(batch, 1, *patch)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            prediction = network(image)
+        loss(prediction, label).backward()
+
+    return peak_live_bytes(step, network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "precision", "patch", "batch"),
+    [
+        *[(name, memory, "float32", [24] * 3, 1) for name in ("partially", "fully") for memory in MEMORIES],
+        ("baseline", "store", "float32", [24] * 3, 1),
+        ("fully", "store", "float32", [24] * 3, 1),
+        ("fully", "invert", "float32", [32, 24, 16], 1),
+    ],
+)
+def test_foretells_the_measured_peak(config, name, memory, precision, patch, batch):
+    step = TrainingStep(config, {"network_name": name})
+    plan = step.plan(memory, precision, patch, batch)
+    assert plan.peak == pytest.approx(measured(memory, precision, patch, batch, network_name=name), rel=0.05)
+
+
+def test_any_network_of_a_config_is_foretold(config):
+    step = TrainingStep(config, {"network_def": PEER})
+    assert step.strategies == [None]
+    assert TrainingStep(config, {"network_name": "baseline"}).strategies == ["store", "checkpoint", "recursive"]
+    assert step.plan(None, patch=[32] * 3, batch=1).peak == pytest.approx(
+        measured(None, "float32", [32] * 3, 1, network_def=PEER), rel=0.05
+    )
+
+
+def test_operations_of_a_step(config):
+    step = TrainingStep(config)
+    stored, inverted, checkpointed = (step.plan(memory).flops for memory in ("store", "invert", "checkpoint"))
+    # every convolution of the chain once more; those of stem and heads, which are outside, not
+    assert 1.25 * stored < inverted < 4 / 3 * stored
+    assert inverted == pytest.approx(checkpointed, rel=0.02)
+    network = torch.nn.Conv1d(2, 3, 1, bias=False)
+
+    def make():
+        x = torch.rand(1, 2, 10)
+        return (lambda: network(x).sum().backward()), network.parameters()
+
+    assert dry_run(make).flops == 2 * (2 * 2 * 3 * 10)  # the forward pass and the weights' gradient
+
+
+def test_the_config_sets_what_is_not_said(config):
+    step = TrainingStep(config)
+    plan = step.plan("invert")
+    assert (plan.patch, plan.batch) == ((24, 24, 24), 2)
+    n_parameters = sum(p.numel() for p in ConfigParser(CONTENT).get_parsed_content("network_def").parameters())
+    assert plan.total == plan.peak + 16 * n_parameters
+
+
+def test_nothing_fits(config):
+    assert largest_patch(TrainingStep(config), 2**20, "invert", "float32") is None
+
+
+def test_command_prints_the_strategies(config, capsys):
+    assert main(["plan", "--config_file", str(config), "--precision", "float32", "--memory", "store", "invert"]) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert [(row[0], row[-1]) for row in rows if row[1:3] == ["float32", "24 x 24 x 24"]] == [
+        ("store", "1.00"),
+        ("invert", "1.32"),
+    ]
+
+
+def test_command_prints_the_overrides_of_the_largest_patch(config, capsys):
+    words = ["--budget", "60MiB", "--precision", "float32", "--memory", "invert"]
+    assert main(["plan", "--config_file", str(config), *words]) == 0
+    found = re.search(
+        r'--patch_size "\[(\d+), \1, \1\]" --network_def#memory invert --amp false', capsys.readouterr().out
+    )
+    side, step = int(found.group(1)), TrainingStep(config)
+    smaller, larger = (step.plan("invert", patch=[n] * 3).total for n in (side, side + 8))
+    assert smaller <= 60 * 2**20 < larger
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config_file", "missing.json"], "missing.json: no such config"),
+        (["--budget", "12 apples"], "'12 apples' is no amount of memory"),
+        (["--network_id", "generator"], "has no generator"),
+        (["--set", "network_name"], "'network_name' is no override"),
+    ],
+)
+def test_bad_arguments_are_refused_in_a_line(config, words, said, capsys):
+    assert main(["plan", "--config_file", str(config), *words]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "n"), [("12GiB", 12 * 2**30), ("800 MB", 8 * 10**8), ("1e9", 10**9), ("2g", 2 * 10**9)]
+)
+def test_amounts_of_memory(text, n):
+    assert parse_bytes(text) == n
