@@ -8,7 +8,7 @@ from memnet.invertible import DriftError, Invertible, Recorded
 
 __all__ = ["InvertibleResidual"]
 
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}  # several steps of the default grid
+_TOLERANCE = {torch.float32: 5e-4, torch.float64: 1e-10}  # several steps of the default grid
 
 
 class InvertibleResidual(Invertible):
@@ -20,7 +20,7 @@ class InvertibleResidual(Invertible):
 
     Args:
         f: module from a tensor to an increment of the same shape.
-        tolerance: largest accepted ``max|x + f(x) - y| / max(1, max|y|)``; 1e-4 in float32 and 1e-10 in float64 where None.
+        tolerance: largest accepted ``max|x + f(x) - y| / max(1, max|y|)``; 5e-4 in float32 and 1e-10 in float64 where None.
         max_iterations: limit of fixed-point iterations.
         fraction_bits: see :class:`memnet.AdditiveCoupling`.
 
@@ -66,7 +66,7 @@ class InvertibleResidual(Invertible):
     @torch.jit.unused
     @torch.no_grad()
     def _solve(self, forward, y: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        tolerance = _TOLERANCE.get(y.dtype, 1e-4) if self.tolerance is None else self.tolerance
+        tolerance = _TOLERANCE.get(y.dtype, 5e-4) if self.tolerance is None else self.tolerance
         scale = max(1.0, torch.linalg.vector_norm(y, float("inf")).item())
         x, error = y, float("inf")
         for _ in range(self.max_iterations):

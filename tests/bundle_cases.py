@@ -86,7 +86,9 @@ def train_in_two_processes(bundle: Path, **overrides: Any) -> None:
     command += ["-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
     command += [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", env=environment, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

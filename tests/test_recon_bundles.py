@@ -173,7 +173,9 @@ def test_trains_in_two_processes(folder: Path, tmp_path: Path) -> None:
     command += ["-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
     command += [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", env=environment, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     state = torch.load(tmp_path / "model_last.pt", weights_only=True)
     assert state["iteration"] == 1 and not any(key.startswith("module.") for key in state["model"])
