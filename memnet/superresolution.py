@@ -169,8 +169,8 @@ def errors_in(
 
     Args:
         region: ``interior``, ``edge`` or ``total``; see :class:`memnet.transforms.tensors.MarkRegionsd`.
-        method: the entry that is compared: ``pred``, ``trilinear``, ``cubic``, or ``from_signals``, the tensors fitted to interpolated
-            signals.
+        method: the entry that is compared: ``pred``, ``trilinear``, ``cubic``, or ``from_signals``, the tensors
+            fitted to interpolated signals.
         quantity: ``tensor``, its six entries in 1e-5 mm^2/s; ``md``, mean diffusivity in 1e-5 mm^2/s; ``fa``, fractional
             anisotropy, no unit.
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bundle_cases import WARNINGS, run
+from bundle_cases import WARNINGS, run, train_in_two_processes
 from conftest import BUNDLES, phantom
 
 from memnet.bundle import input_error
@@ -166,17 +163,9 @@ def test_inference_may_undersample_what_it_is_given(folder: Path, weights: Path,
 
 
 def test_trains_in_two_processes(folder: Path, tmp_path: Path) -> None:
-    configs = [str(KNEE / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
     overrides = {**SMALL_TRAINING, "dataset_dir": folder, "output_dir": tmp_path, "epochs": 1}
     overrides.pop("device")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
-    command += [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, capture_output=True, encoding="utf-8", errors="replace", env=environment, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_in_two_processes(KNEE, **overrides)
     state = torch.load(tmp_path / "model_last.pt", weights_only=True)
     assert state["iteration"] == 1 and not any(key.startswith("module.") for key in state["model"])
 
