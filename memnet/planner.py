@@ -160,7 +160,7 @@ class TrainingStep:
 
 
 def largest_patch(
-    step: TrainingStep, budget: int, memory: str | None, precision: str, multiple: int = 8
+    step: TrainingStep, budget: int, memory: str | None, precision: str, batch: int = 0, multiple: int = 8
 ) -> Plan | None:
     """Find the largest cube (square, interval) that fits.
 
@@ -169,20 +169,21 @@ def largest_patch(
         budget: bytes for activations, parameters, gradients and Adam's averages.
         memory: see :meth:`TrainingStep.plan`.
         precision: likewise.
+        batch: likewise.
         multiple: sides that are tried are multiples of it.
 
     Returns:
         The plan of that patch, or None if not even a side of twice ``multiple`` fits.
     """
     n_dims = len(step.patch)
-    known = [step.plan(memory, precision, [side] * n_dims) for side in (4 * multiple, 8 * multiple)]
+    known = [step.plan(memory, precision, [side] * n_dims, batch) for side in (4 * multiple, 8 * multiple)]
     voxels = [prod(plan.patch) for plan in known]
     slope = (known[1].total - known[0].total) / (voxels[1] - voxels[0])
     fitting = max(0.0, (budget - known[0].total) / slope + voxels[0])
     side = int(fitting ** (1 / n_dims) + 1e-6) // multiple * multiple
     while side >= 2 * multiple:
         # what grows with the volume alone would need no second look; borders and unfolded convolutions do
-        plan = step.plan(memory, precision, [side] * n_dims)
+        plan = step.plan(memory, precision, [side] * n_dims, batch)
         if plan.total <= budget:
             return plan
         side -= multiple
@@ -239,7 +240,7 @@ def _run(arguments: argparse.Namespace) -> None:
         for memory in strategies:
             plans = [step.plan(memory, precision, patch, a.batch) for patch in patches]
             if budget is not None:
-                largest = largest_patch(step, budget, memory, precision)
+                largest = largest_patch(step, budget, memory, precision, a.batch)
                 plans += [largest] if largest else []
                 if largest and (best is None or prod(largest.patch) > prod(best.patch)):
                     best = largest

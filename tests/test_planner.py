@@ -119,13 +119,13 @@ def test_command_prints_the_strategies(config, capsys):
 
 
 def test_command_prints_the_overrides_of_the_largest_patch(config, capsys):
-    words = ["--budget", "60MiB", "--precision", "float32", "--memory", "invert"]
+    words = ["--budget", "60MiB", "--batch", "1", "--precision", "float32", "--memory", "invert"]
     assert main(["plan", "--config_file", str(config), *words]) == 0
     found = re.search(
         r'--patch_size "\[(\d+), \1, \1\]" --network_def#memory invert --amp false', capsys.readouterr().out
     )
     side, step = int(found.group(1)), TrainingStep(config)
-    smaller, larger = (step.plan("invert", patch=[n] * 3).total for n in (side, side + 8))
+    smaller, larger = (step.plan("invert", patch=[n] * 3, batch=1).total for n in (side, side + 8))
     assert smaller <= 60 * 2**20 < larger
 
 
