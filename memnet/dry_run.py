@@ -22,6 +22,7 @@ _ATEN = torch.ops.aten
 # a random state that was not drawn from, a valid label.
 _STAND_INS: dict[Any, Any] = {_ATEN._local_scalar_dense.default: 1, _ATEN.equal.default: True}
 _COUNTED = {_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step}  # loops run over their values
+_ENGINE_REFERENCES = 6  # to a tensor in this module that the caller of an operation does not hold
 _SLOW_BELOW = 20480  # batch * channels * depth * height up to which PyTorch's CPU convolution unfolds its input
 
 
@@ -37,18 +38,17 @@ class DryRun(NamedTuple):
     flops: int
 
 
-def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor]]], unfolding: bool = False) -> DryRun:
+def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor]]]) -> DryRun:
     """Run a forward and backward pass on tensors without data, and account for them as if they had some.
 
-    Every tensor counts from the operation that makes it to the last reference to it, as with :func:`memnet.peak_live_bytes`,
-    which measures the same on real tensors. What convolutions take inside is known for the CPU; a GPU's library takes a
-    workspace of its own.
+    Every tensor counts from the operation that makes it to the last reference to it, as with
+    :func:`memnet.live_memory.peak_live_bytes`, which measures the same on real tensors. Of what operations take inside, the
+    unfolded input of PyTorch's own convolution on a CPU (float32, batch size 1, small) is known and counted; copies that
+    oneDNN makes are not, nor is the workspace of a GPU's library.
 
     Args:
         make: builds the network and its inputs, under simulation, and returns the run to account for (what it returns stays
             alive until its end) and the parameters, whose ``.grad`` after it is not counted.
-        unfolding: count what convolutions on a CPU take inside: copies in another layout and, for small inputs at batch size 1,
-            the unfolded input.
 
     Returns:
         The account.
@@ -58,7 +58,7 @@ def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         run, parameters = make()
-        ledger = _Ledger(unfolding)
+        ledger = _Ledger()
         with ledger:
             result = run()
         del result
@@ -68,10 +68,9 @@ def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor
 class _Ledger(TorchDispatchMode):
     """Books each storage when an operation returns it, and cancels it when nothing refers to it any more."""
 
-    def __init__(self, unfolding: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.flops = 0
-        self._unfolding = unfolding
         self._alive: dict[int, tuple[int, StorageWeakRef, int]] = {}  # storage: place of its booking, reference, bytes
         self._bookings: list[tuple[int, int]] = []  # place of the booking that a line belongs to, bytes
 
@@ -95,11 +94,10 @@ class _Ledger(TorchDispatchMode):
         for x in tree_leaves(outputs):
             if isinstance(x, torch.Tensor):
                 self._book(x.untyped_storage())
-        if self._unfolding:
-            inside = _unfolded_bytes(func, args)
-            if inside:
-                place = len(self._bookings)
-                self._bookings += [(place, inside), (place, -inside)]
+        inside = _unfolded_bytes(func, args)
+        if inside:
+            place = len(self._bookings)
+            self._bookings += [(place, inside), (place, -inside)]
         return outputs
 
     def peak(self, parameters: Iterable[torch.Tensor]) -> int:
@@ -140,9 +138,6 @@ class _Ledger(TorchDispatchMode):
             key = _key(first.untyped_storage())
             if key in self._alive:
                 self._cancel(key)
-
-
-_ENGINE_REFERENCES = 6
 
 
 def _key(storage: torch.UntypedStorage) -> int:

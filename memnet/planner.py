@@ -129,7 +129,7 @@ class TrainingStep:
 
             return run, list(network.parameters())
 
-        found = dry_run(make, unfolding=True)
+        found = dry_run(make)
         state = 4 * 4 * self._n_parameters
         return Plan(memory, precision, tuple(patch), batch, found.peak, state, found.flops)
 
