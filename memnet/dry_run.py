@@ -91,8 +91,10 @@ class _Ledger(TorchDispatchMode):
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=outputs)
         self._settle()
+        # a view, of a parameter for one, is nothing new
+        old = {_key(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         for x in tree_leaves(outputs):
-            if isinstance(x, torch.Tensor):
+            if isinstance(x, torch.Tensor) and _key(x.untyped_storage()) not in old:
                 self._book(x.untyped_storage())
         inside = _unfolded_bytes(func, args)
         if inside:

@@ -97,6 +97,29 @@ def test_operations_of_a_step(config):
     assert dry_run(make).flops == 2 * (2 * 2 * 3 * 10)  # the forward pass and the weights' gradient
 
 
+def test_gradients_are_summed_in_the_memory_of_the_first():
+    def make():
+        x = torch.rand(100_000, requires_grad=True)
+
+        def run():
+            ((x * 2).sum() + (x * 3).sum() + (x * 4).sum()).backward()
+
+        return run, []
+
+    run, parameters = make()
+    assert dry_run(make).peak == pytest.approx(peak_live_bytes(run, parameters), rel=0.01)
+
+
+def test_gradients_of_parameters_are_apart():
+    def make():
+        network = torch.nn.Sequential(*(torch.nn.Linear(300, 300) for _ in range(10)))
+        x = torch.rand(1, 300)
+        return (lambda: network(x).sum().backward()), network.parameters()
+
+    # those of ten layers would be ten times as much; one may be copied on its way to its parameter
+    assert dry_run(make).peak < 2 * (4 * 300 * 300)
+
+
 def test_the_config_sets_what_is_not_said(config):
     step = TrainingStep(config)
     plan = step.plan("invert")
