@@ -115,7 +115,34 @@ def golden_ratio_lines(
     return mask
 
 
-class PoissonDiscMask(KspaceMask):
+class _DrawnMask(KspaceMask):
+    """MONAI mask that is drawn anew for each k-space.
+
+    Args:
+        accelerations: one or several to draw from.
+        calibration: lines or side of the square at the centre that are taken whole.
+    """
+
+    def __init__(self, accelerations: Sequence[float], calibration: int) -> None:
+        super().__init__([0.0] * len(accelerations), accelerations, spatial_dims=3, is_complex=False)
+        self.calibration = calibration
+
+    def draw(self, shape: Sequence[int], acceleration: float) -> torch.Tensor:
+        """Draw a mask bool for k-space of a shape, with singleton dimensions where all share it."""
+        raise NotImplementedError
+
+    def __call__(self, kspace: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Draw a mask for k-space complex, and apply it.
+
+        Returns:
+            The k-space that is left, and the mask.
+        """
+        _, acceleration = self.randomize_choose_acceleration()
+        mask = self.draw(kspace.shape, float(acceleration)).to(kspace.device)
+        return kspace * mask, mask
+
+
+class PoissonDiscMask(_DrawnMask):
     """MONAI mask of :func:`poisson_disc`, the same for all slices.
 
     Args:
@@ -124,22 +151,14 @@ class PoissonDiscMask(KspaceMask):
     """
 
     def __init__(self, accelerations: Sequence[float] = (8.0,), calibration: int = 20) -> None:
-        super().__init__([0.0] * len(accelerations), accelerations, spatial_dims=3, is_complex=False)
-        self.calibration = calibration
+        super().__init__(accelerations, calibration)
 
-    def __call__(self, kspace: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Draw a mask bool ``(1, 1, y, z)`` for k-space complex ``(coils, slices, y, z)``, and apply it.
-
-        Returns:
-            The k-space that is left, and the mask.
-        """
-        _, acceleration = self.randomize_choose_acceleration()
-        drawn = poisson_disc(tuple(kspace.shape[-2:]), float(acceleration), self.calibration, self.R)
-        mask = torch.from_numpy(drawn)[None, None].to(kspace.device)
-        return kspace * mask, mask
+    def draw(self, shape: Sequence[int], acceleration: float) -> torch.Tensor:
+        """Draw a mask bool ``(1, 1, y, z)`` for k-space complex ``(coils, slices, y, z)``."""
+        return torch.from_numpy(poisson_disc(tuple(shape[-2:]), acceleration, self.calibration, self.R))[None, None]
 
 
-class GoldenRatioMask(KspaceMask):
+class GoldenRatioMask(_DrawnMask):
     """MONAI mask of :func:`golden_ratio_lines`.
 
     Args:
@@ -148,20 +167,12 @@ class GoldenRatioMask(KspaceMask):
     """
 
     def __init__(self, accelerations: Sequence[float] = (8.0,), calibration: int = 4) -> None:
-        super().__init__([0.0] * len(accelerations), accelerations, spatial_dims=3, is_complex=False)
-        self.calibration = calibration
+        super().__init__(accelerations, calibration)
 
-    def __call__(self, kspace: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Draw a mask bool ``(1, frames, 1, y)`` for k-space complex ``(coils, frames, x, y)``, and apply it.
-
-        Returns:
-            The k-space that is left, and the mask.
-        """
-        _, acceleration = self.randomize_choose_acceleration()
-        n_frames, n_lines = kspace.shape[1], kspace.shape[3]
-        lines = golden_ratio_lines(n_frames, n_lines, float(acceleration), self.calibration, self.R)
-        mask = torch.from_numpy(lines)[None, :, None].to(kspace.device)
-        return kspace * mask, mask
+    def draw(self, shape: Sequence[int], acceleration: float) -> torch.Tensor:
+        """Draw a mask bool ``(1, frames, 1, y)`` for k-space complex ``(coils, frames, x, y)``."""
+        lines = golden_ratio_lines(shape[1], shape[3], acceleration, self.calibration, self.R)
+        return torch.from_numpy(lines)[None, :, None]
 
 
 def _distance(grid: tuple[int, int]) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bundle_cases import WARNINGS, run, train_in_two_processes
 from conftest import BUNDLES
-from diffusion_cases import GRIDS, field, positions, write_hcp, write_series
+from diffusion_cases import GRIDS, Enlarge, field, positions, write_hcp, write_series
 
 from memnet import ESPCNRevNet
 from memnet.bundle import input_error
@@ -37,16 +37,6 @@ def weights(tmp_path: Path) -> Path:
     path = tmp_path / "weights.pt"
     torch.save(ESPCNRevNet(n_blocks=1, channels=(4, 4)).state_dict(), path)
     return path
-
-
-class Enlarge(torch.nn.Module):
-    """Stands in for a trained network: repeats the voxels."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = x[..., 2:-2, 2:-2, 2:-2]
-        for axis in (2, 3, 4):
-            inner = inner.repeat_interleave(2, axis)
-        return inner
 
 
 @pytest.mark.parametrize("n_blocks", [0, 1])

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from diffusion_cases import GRIDS, field, positions
+from diffusion_cases import GRIDS, Enlarge, field, positions
 from monai.data import MetaTensor
 
 from memnet.datasets.diffusion import write_tensors
@@ -142,16 +142,6 @@ def test_interpolation_knows_the_half_voxel(rate, order):
     inside = tuple(slice(5 * rate, -5 * rate) for _ in range(3))
     np.testing.assert_allclose(np.moveaxis(fine, 0, -1)[inside], expected[inside], atol=0.02)
     np.testing.assert_allclose(coarse_affine(fine_affine(affine, rate), rate), affine, atol=1e-12)
-
-
-class Enlarge(torch.nn.Module):
-    """A valid network that repeats voxels, and marks where in its patch they were."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = x[..., 2:-2, 2:-2, 2:-2]
-        for axis in (2, 3, 4):
-            inner = inner.repeat_interleave(2, axis)
-        return inner
 
 
 @pytest.mark.parametrize("patch_size", [5, 11])
