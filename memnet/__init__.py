@@ -11,12 +11,12 @@ from memnet.chain import Chain, Memory, set_memory
 from memnet.couplings import AdditiveCoupling, ChannelMerge, ChannelSplit
 from memnet.invertible import DriftError, Invertible, Recorded
 from memnet.losses import InvResLoss
+from memnet.mri.operators import SenseOperator
+from memnet.mri.solvers import conjugate_gradient
 from memnet.nets import ESPCN, ESPCNRevNet, FullyInvResUNet, MoDL, PartiallyInvResUNet, UNet3D
 from memnet.nets.modl import DataConsistency, Regularization, ResidualCNN
-from memnet.operators import SenseOperator
 from memnet.resampling import InvertibleDownsample, InvertibleUpsample, OrthogonalMixing, Tap
 from memnet.residual import InvertibleResidual
-from memnet.solvers import conjugate_gradient
 from memnet.tiles import run_in_tiles
 
 __version__ = "0.1.0"

@@ -20,7 +20,7 @@ from monai.bundle import ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
 from torch import distributed
 
-from memnet.allocation import keep_freed_memory
+from memnet.workflow.allocation import keep_freed_memory
 
 __all__ = ["bundle_root", "check_overrides", "end", "input_error", "one_line_errors", "start"]
 

@@ -5,10 +5,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from memnet import __version__, planner, scoring, training_memory, tumor_scoring
-from memnet.benchmarks import comparison, depth, superresolution, unrolled
+from memnet import __version__
+from memnet.accounting import planner
+from memnet.benchmarks import comparison, depth, superresolution, training_memory, unrolled
 from memnet.bundle import input_error
 from memnet.datasets import diffusion_blocks
+from memnet.workflow import scoring, tumor_scoring
 
 __all__ = ["main"]
 

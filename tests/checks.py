@@ -8,8 +8,8 @@ from monai.networks.layers.factories import Conv
 from torch import nn
 
 from memnet import AdditiveCoupling, Chain, ChannelMerge, ChannelSplit, Memory
+from memnet.accounting.live_memory import peak_live_bytes
 from memnet.grid import FRACTION_BITS
-from memnet.live_memory import peak_live_bytes
 
 torch.backends.cudnn.deterministic = True
 

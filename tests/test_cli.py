@@ -42,6 +42,6 @@ def test_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
     def broken(arguments: object) -> None:
         raise ValueError("raised outside the package")
 
-    monkeypatch.setattr("memnet.scoring._run", broken)
+    monkeypatch.setattr("memnet.workflow.scoring._run", broken)
     with pytest.raises(ValueError, match="outside"):
         main(["score-tissue", "--dataset_dir", "anywhere"])

@@ -19,7 +19,7 @@ from memnet.datasets import (
     require_cases,
     split_folds,
 )
-from memnet.scans import find_scans, list_scans
+from memnet.workflow.scans import find_scans, list_scans
 
 
 def touch(folder: Path, *names: str) -> None:

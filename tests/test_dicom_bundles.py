@@ -14,7 +14,7 @@ from bundle_cases import SMALL, WARNINGS, BundleCase, cases, run
 from conftest import phantom
 from dicom_files import SECRETS, places, read_segments, segment_places, write_series
 
-from memnet.legends import LEGENDS
+from memnet.workflow.legends import LEGENDS
 
 pytestmark = WARNINGS
 

@@ -5,7 +5,7 @@ import torch
 from checks import couplings, peak, streams
 from torch import nn
 
-from memnet.live_memory import peak_live_bytes
+from memnet.accounting.live_memory import peak_live_bytes
 from memnet.nets.segmentation import norm_act_conv
 
 

@@ -10,7 +10,7 @@ from checks import MEMORIES, Net, check_parity, couplings, differing, step, stre
 from monai.data import MetaTensor
 from torch import nn
 
-from memnet.live_memory import peak_live_bytes
+from memnet.accounting.live_memory import peak_live_bytes
 
 every_memory = pytest.mark.parametrize("memory", MEMORIES)
 

@@ -17,8 +17,8 @@ from conftest import BUNDLES, phantom
 
 from memnet.bundle import input_error
 from memnet.datasets.ismrmrd import write_ismrmrd
-from memnet.fourier import image_to_kspace
-from memnet.simulated_scans import simulate_volume
+from memnet.mri.fourier import image_to_kspace
+from memnet.mri.simulated_scans import simulate_volume
 
 pytestmark = WARNINGS
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from memnet.live_memory import peak_live_bytes
+from memnet.accounting.live_memory import peak_live_bytes
 from memnet.tiles import _tiles, run_in_tiles
 
 

@@ -199,7 +199,7 @@ def test_report_gives_the_regions_and_draws_over_flair(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr("memnet.reporting.draw_overlay", lambda scan, *_: drawn.append(Path(scan).name))
+    monkeypatch.setattr("memnet.workflow.reporting.draw_overlay", lambda scan, *_: drawn.append(Path(scan).name))
     caplog.set_level(logging.INFO, "memnet")
     options = {**SMALL, "ckpt_path": str(random_weights(TUMOR.folder, **SMALL)), "output_dir": str(tmp_path / "out")}
     run(TUMOR.folder, "run", "inference.json", **options, dataset_dir=str(brats_folder), overlay=True)

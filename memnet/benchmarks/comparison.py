@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from memnet.allocation import keep_freed_memory
+from memnet.accounting.live_memory import peak_live_bytes
 from memnet.benchmarks.contenders import CONTENDERS
 from memnet.benchmarks.records import Record, read_record, write_whole
 from memnet.benchmarks.trial import Case, Settings, run_trial
 from memnet.datasets import existing_folder, split_folds
-from memnet.inferers import supports_bfloat16
-from memnet.live_memory import peak_live_bytes
 from memnet.losses import InvResLoss
+from memnet.workflow.allocation import keep_freed_memory
+from memnet.workflow.inferers import supports_bfloat16
 
 __all__ = ["cost_table", "find_labelled_volumes", "measure_costs", "score_table"]
 

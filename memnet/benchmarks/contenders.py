@@ -9,7 +9,7 @@ from typing import NamedTuple
 from monai.networks.nets import DynUNet, SegResNet
 from torch import nn
 
-from memnet.networks import segmentation_network
+from memnet.workflow.networks import segmentation_network
 
 __all__ = ["CONTENDERS", "MULTIPLE", "Contender"]
 

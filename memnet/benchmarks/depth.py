@@ -18,10 +18,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from memnet.accounting.live_memory import peak_live_bytes
 from memnet.benchmarks.records import write_whole
 from memnet.chain import Chain, Memory
 from memnet.couplings import AdditiveCoupling
-from memnet.live_memory import peak_live_bytes
 from memnet.nets.segmentation import norm_act_conv
 
 __all__ = ["GROWTH", "DepthCost", "Fit", "draw_depths", "fit_depths", "measure_depths", "table"]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from memnet.accounting.live_memory import peak_live_bytes
 from memnet.chain import Memory
-from memnet.live_memory import peak_live_bytes
 from memnet.nets.espcn import ESPCNRevNet
 
 __all__ = ["StepCost", "measure_steps", "table"]

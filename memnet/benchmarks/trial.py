@@ -38,11 +38,11 @@ from torch.nn import functional
 
 from memnet.benchmarks.contenders import CONTENDERS, MULTIPLE
 from memnet.benchmarks.records import Record, read_record, record_file, write_whole
-from memnet.checkpoints import TrainingCheckpoint
-from memnet.inferers import PrecisionInferer
 from memnet.losses import InvResLoss
 from memnet.transforms.labels import MapLabelsd
 from memnet.transforms.modalities import LoadVolumed
+from memnet.workflow.checkpoints import TrainingCheckpoint
+from memnet.workflow.inferers import PrecisionInferer
 
 __all__ = ["Settings", "run_trial"]
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memnet.live_memory import peak_live_bytes
+from memnet.accounting.live_memory import peak_live_bytes
+from memnet.mri.operators import SenseOperator
 from memnet.nets.modl import DataConsistency, MoDL, Regularization, ResidualCNN
-from memnet.operators import SenseOperator
 
 __all__ = ["STRATEGIES", "Cost", "compare_strategies", "simulated_slab"]
 

@@ -18,7 +18,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from memnet.datasets.cases import Case, as_list, existing_folder
-from memnet.diffusion import (
+from memnet.diffusion.tensors import (
     TENSOR_ORDERS,
     DiffusionSeries,
     as_matrices,
@@ -127,7 +127,7 @@ def read_tensors(
 
     Args:
         path: NIfTI of six values a voxel, ``(D, H, W, 6)`` or, with NIfTI's own intent, ``(D, H, W, 1, 6)``, mm^2/s.
-        order: how the values are ordered, see :data:`memnet.diffusion.TENSOR_ORDERS`; NIfTI's intent decides where set.
+        order: how the values are ordered, see :data:`memnet.diffusion.tensors.TENSOR_ORDERS`; NIfTI's intent decides where set.
         axes: what x, y and z are: ``"world"`` (RAS+: this package, MRtrix), ``"voxel"`` (the grid's axes), or ``"fsl"`` (the
             grid's axes, the first reversed where the affine's determinant is positive, as dtifit writes).
 
@@ -241,7 +241,7 @@ def prepare(
     Args:
         series: see :func:`find_series`.
         cache_dir: a folder for each subject is made in it.
-        shells: see :meth:`memnet.diffusion.DiffusionSeries.select`.
+        shells: see :meth:`memnet.diffusion.tensors.DiffusionSeries.select`.
         rate: voxels a side of a block; None makes no low resolution.
         progress: show a progress bar.
         interpolated: also fit tensors to cubic interpolation of the low resolution's signals, to compare with.
@@ -394,7 +394,7 @@ def find_inputs(
         dataset_dir: a folder of diffusion series, see :func:`find_series`.
         reference: fine tensors of the one image, to draw beside the result.
         cache_dir: where fitted tensors are kept.
-        shells: see :meth:`memnet.diffusion.DiffusionSeries.select`.
+        shells: see :meth:`memnet.diffusion.tensors.DiffusionSeries.select`.
 
     Returns:
         ``{"image", "output_name"}`` of each, and ``mask`` and ``reference`` where there are; nothing where nothing is given.

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 
 from memnet.dicom.reading import guarded
 from memnet.dicom.stack import Stack
-from memnet.legends import Legend
+from memnet.workflow.legends import Legend
 
 __all__ = ["save_segmentation"]
 

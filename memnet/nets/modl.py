@@ -12,9 +12,9 @@ from torch import nn
 
 from memnet.chain import Chain, Memory
 from memnet.invertible import DriftError, Invertible, Recorded
-from memnet.operators import SenseOperator
+from memnet.mri.operators import SenseOperator
+from memnet.mri.solvers import ConjugateGradientGradient, conjugate_gradient
 from memnet.recompute import Gradients, replay_with_grad
-from memnet.solvers import ConjugateGradientGradient, conjugate_gradient
 from memnet.tiles import run_in_tiles
 
 __all__ = ["DataConsistency", "MoDL", "Regularization", "ResidualCNN"]

@@ -15,12 +15,12 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandomizableTransform, Transform
 
-from memnet.coils import calibration_region, compress_coils, espirit_maps
 from memnet.datasets.ismrmrd import read_ismrmrd
-from memnet.fourier import kspace_to_image
+from memnet.mri.coils import calibration_region, compress_coils, espirit_maps
+from memnet.mri.fourier import kspace_to_image
+from memnet.mri.operators import SenseOperator
+from memnet.mri.simulated_scans import simulate_movie, simulate_volume
 from memnet.nets.packed import pack, unpack
-from memnet.operators import SenseOperator
-from memnet.simulated_scans import simulate_movie, simulate_volume
 
 __all__ = [
     "CombineCoilsd",
@@ -52,7 +52,7 @@ class LoadKspaced(MapTransform):
         keys: entry with the file's name, which stays as it is.
         movie: whether a file holds the frames of a 2D slice, rather than a volume.
         n_coils: coils of simulated data.
-        noise: noise of simulated data, see :func:`memnet.simulated_scans.simulate_volume`.
+        noise: noise of simulated data, see :func:`memnet.mri.simulated_scans.simulate_volume`.
 
     Raises:
         ValueError: the file cannot be read or is of the other kind, naming it.
@@ -120,7 +120,7 @@ class LoadKspaced(MapTransform):
 
 
 class CompressCoilsd(MapTransform):
-    """Combine coils into fewer virtual ones, see :func:`memnet.coils.compress_coils`.
+    """Combine coils into fewer virtual ones, see :func:`memnet.mri.coils.compress_coils`.
 
     Args:
         keys: k-space.
@@ -140,14 +140,14 @@ class CompressCoilsd(MapTransform):
 
 
 class EstimateMapsd(Transform):
-    """Estimate coil maps from the centre of ``kspace`` and add them as ``csm``, see :func:`memnet.coils.espirit_maps`.
+    """Estimate coil maps from the centre of ``kspace`` and add them as ``csm``, see :func:`memnet.mri.coils.espirit_maps`.
 
     A mask that changes with the frames is that of a movie: its frames are averaged, each sample over those that took it.
 
     Args:
         calibration: side of the region to use at most, samples; less where a gap comes before. With c coils of which each has
             patches of k x k, ``(calibration - k + 1)**2`` should not be far below ``c k**2``.
-        kernel: see :func:`memnet.coils.espirit_maps`.
+        kernel: see :func:`memnet.mri.coils.espirit_maps`.
 
     Raises:
         ValueError: the centre is not sampled over more than the kernel, or holds noise alone, naming the file.

@@ -26,9 +26,9 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from memnet.dicom import holds_dicom, read_pixels, read_stack
-from memnet.scans import tell_modality
 from memnet.transforms.grids import file_grid, grid_of, require_one_grid, same_grid
 from memnet.transforms.intensity import zero_background
+from memnet.workflow.scans import tell_modality
 
 __all__ = [
     "KeepLogitsd",
@@ -109,7 +109,7 @@ class LoadModalitiesd(MapTransform):
         modalities: the channels' names, in order.
         name_key: an entry that gives the output's name where file names would collide; optional in the data.
         lone: which modality a file is that comes alone; if ``None`` the one its name tells, see
-            :func:`memnet.scans.tell_modality`.
+            :func:`memnet.workflow.scans.tell_modality`.
         resample: resample modalities of other grids by the affines, trilinearly, rather than refuse them.
         strip_background: shift each modality so that its constant background is 0 and nothing is less, see
             :func:`memnet.transforms.intensity.zero_background`.

@@ -16,7 +16,7 @@ from monai.transforms import MapTransform
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
 from memnet.datasets.diffusion import save_whole, write_tensors
-from memnet.diffusion import (
+from memnet.diffusion.tensors import (
     colour_fractional_anisotropy,
     fine_affine,
     fractional_anisotropy,

@@ -18,7 +18,7 @@ from scipy import ndimage
 from torch.nn import functional
 
 from memnet.datasets.diffusion import read_tensors
-from memnet.diffusion import SYMMETRIC, complete_edge, rotate_tensors, rotation_of
+from memnet.diffusion.tensors import SYMMETRIC, complete_edge, rotate_tensors, rotation_of
 from memnet.transforms.grids import grid_of, same_grid
 from memnet.transforms.modalities import read_volume
 
@@ -267,7 +267,7 @@ def interpolate(image: torch.Tensor, rate: int, order: Literal[1, 3]) -> torch.T
         order: 1 trilinear, 3 cubic splines.
 
     Returns:
-        ``(C, r D, r H, r W)``, on the grid of :func:`memnet.diffusion.fine_affine`.
+        ``(C, r D, r H, r W)``, on the grid of :func:`memnet.diffusion.tensors.fine_affine`.
     """
     if order == 1:
         return functional.interpolate(_plain(image)[None], scale_factor=rate, mode="trilinear", align_corners=False)[0]

@@ -15,7 +15,7 @@ from monai.data import NibabelWriter
 from monai.transforms import MapTransform
 
 from memnet.dicom import holds_dicom, read_stack, save_segmentation
-from memnet.legends import LEGENDS
+from memnet.workflow.legends import LEGENDS
 
 __all__ = ["AtomicNibabelWriter", "SaveSegmentationd", "output_name"]
 
@@ -68,7 +68,7 @@ class SaveSegmentationd(MapTransform):
 
     Args:
         keys: the label maps, ``(1, D, H, W)`` on the grid of their scan, saved with ``savepath_in_metadict``.
-        legend: name of one of :data:`memnet.legends.LEGENDS`.
+        legend: name of one of :data:`memnet.workflow.legends.LEGENDS`.
     """
 
     def __init__(self, keys: KeysCollection, legend: str) -> None:

@@ -28,8 +28,8 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 from memnet.dicom import read_stack, save_segmentation
-from memnet.legends import LEGENDS
 from memnet.transforms.writing import SaveSegmentationd
+from memnet.workflow.legends import LEGENDS
 
 OBLIQUE = np.array([[-0.96, 0.28, 0, -10], [-0.28, -0.96, 0, 5], [0, 0, 1.5, 0], [0, 0, 0, 1.0]])
 

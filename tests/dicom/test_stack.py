@@ -17,8 +17,8 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MediaStorageDire
 
 from memnet.bundle import input_error
 from memnet.dicom import read_pixels, read_stack
-from memnet.scans import find_scans, list_scans
 from memnet.transforms.modalities import read_volume
+from memnet.workflow.scans import find_scans, list_scans
 
 AFFINES = {
     "axial": np.array([[-0.9, 0, 0, 40], [0, -1.1, 0, 30], [0, 0, 2, -7], [0, 0, 0, 1.0]]),

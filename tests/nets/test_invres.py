@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from torch import nn
 
 from memnet import FullyInvResUNet, InvResLoss, OrthogonalMixing, PartiallyInvResUNet
-from memnet.live_memory import peak_live_bytes
+from memnet.accounting.live_memory import peak_live_bytes
 
 NETWORKS = [FullyInvResUNet, PartiallyInvResUNet]
 every_network = pytest.mark.parametrize("network", NETWORKS)

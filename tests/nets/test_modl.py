@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from memnet import DriftError, set_memory
-from memnet.live_memory import peak_live_bytes
+from memnet.accounting.live_memory import peak_live_bytes
+from memnet.mri.operators import SenseOperator
 from memnet.nets.modl import DataConsistency, MoDL, Regularization, ResidualCNN
-from memnet.operators import SenseOperator
 
 SHAPES = {
     "2D": ((2, 8, 12), (2, 3, 8, 12), 2, 2),

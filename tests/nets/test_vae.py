@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memnet import FullyInvResUNet, InvResLoss, PartiallyInvResUNet, UNet3D
-from memnet.live_memory import peak_live_bytes
+from memnet.accounting.live_memory import peak_live_bytes
 
 every_network = pytest.mark.parametrize("network", [FullyInvResUNet, PartiallyInvResUNet, UNet3D])
 

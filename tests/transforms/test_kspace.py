@@ -13,11 +13,11 @@ import torch
 from conftest import phantom
 
 from memnet.datasets.ismrmrd import write_ismrmrd
-from memnet.fourier import image_to_kspace, kspace_to_image
+from memnet.mri.fourier import image_to_kspace, kspace_to_image
+from memnet.mri.operators import SenseOperator
+from memnet.mri.sampling import GoldenRatioMask, PoissonDiscMask
+from memnet.mri.simulated_scans import simulate_movie, simulate_volume
 from memnet.nets.packed import PackedMoDL, unpack
-from memnet.operators import SenseOperator
-from memnet.sampling import GoldenRatioMask, PoissonDiscMask
-from memnet.simulated_scans import simulate_movie, simulate_volume
 from memnet.transforms.kspace import (
     CombineCoilsd,
     CompareMagnitudesd,

@@ -5,11 +5,11 @@ import pytest
 import torch
 from monai.transforms import Compose
 
-from memnet.label_maps import draw_examples, find_label_maps
 from memnet.transforms.acquisition import RandAcquireModalitiesd, RandScaleModalitiesd, RandStripSkulld
 from memnet.transforms.deformation import RandDeformLabelsd
 from memnet.transforms.labels import FREESURFER_TISSUE
 from memnet.transforms.synthesis import STRUCTURES, RandSynthesizeModalitiesd, touching
+from memnet.workflow.label_maps import draw_examples, find_label_maps
 
 SIZE = (20, 24, 28)
 

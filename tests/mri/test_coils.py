@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from memnet.coils import calibration_region, compress_coils, espirit_maps, simulated_maps
-from memnet.fourier import image_to_kspace, kspace_to_image
-from memnet.operators import SenseOperator
+from memnet.mri.coils import calibration_region, compress_coils, espirit_maps, simulated_maps
+from memnet.mri.fourier import image_to_kspace, kspace_to_image
+from memnet.mri.operators import SenseOperator
 
 
 def disc(n_slices: int = 2, size: tuple[int, int] = (40, 36)) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Measuring a training step of each network."""
 
-from memnet.training_memory import Measurement, measure, table
+from memnet.benchmarks.training_memory import Measurement, measure, table
 
 
 def test_inverting_needs_less_than_storing():

@@ -14,8 +14,8 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
+from memnet.accounting.dry_run import dry_run
 from memnet.chain import Chain, Memory
-from memnet.dry_run import dry_run
 
 __all__ = ["Plan", "TrainingStep", "largest_patch", "parse_bytes"]
 

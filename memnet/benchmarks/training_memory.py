@@ -13,9 +13,9 @@ import monai
 import torch
 from torch import nn
 
-from memnet.live_memory import peak_live_bytes
+from memnet.accounting.live_memory import peak_live_bytes
 from memnet.losses import InvResLoss
-from memnet.networks import NETWORKS, segmentation_network
+from memnet.workflow.networks import NETWORKS, segmentation_network
 
 __all__ = ["Measurement", "measure", "table"]
 

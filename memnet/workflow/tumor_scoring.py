@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from memnet.datasets.brats import find_brats
-from memnet.metrics import BoundedHausdorff
-from memnet.scoring import dice, read_labels, segment_with_bundle, write_scores
 from memnet.transforms.labels import ENHANCING, LABEL_MAPS, NECROTIC, OEDEMA
+from memnet.workflow.metrics import BoundedHausdorff
+from memnet.workflow.scoring import dice, read_labels, segment_with_bundle, write_scores
 
 __all__ = ["REGIONS", "add_parser", "find_scored_tumors", "region_scores", "score_tumor"]
 
@@ -74,7 +74,7 @@ def region_scores(prediction: np.ndarray, reference: np.ndarray) -> dict[str, tu
 
     Returns:
         Dice, 1 where a region is in neither, and the 95th percentile of the Hausdorff distance in mm (see
-        :class:`memnet.metrics.BoundedHausdorff` for regions that are missed), for each region.
+        :class:`memnet.workflow.metrics.BoundedHausdorff` for regions that are missed), for each region.
     """
     # nothing changes by leaving out what is background in both
     box = np.argwhere((prediction > 0) | (reference > 0))

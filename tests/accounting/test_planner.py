@@ -11,10 +11,10 @@ import torch
 from checks import MEMORIES
 from monai.bundle import ConfigParser
 
+from memnet.accounting.dry_run import dry_run
+from memnet.accounting.live_memory import peak_live_bytes
+from memnet.accounting.planner import TrainingStep, largest_patch, parse_bytes
 from memnet.cli import main
-from memnet.dry_run import dry_run
-from memnet.live_memory import peak_live_bytes
-from memnet.planner import TrainingStep, largest_patch, parse_bytes
 
 CONTENT: dict[str, Any] = {
     "network_name": "fully",
@@ -22,7 +22,7 @@ CONTENT: dict[str, Any] = {
     "patches_per_volume": 2,
     "patch_size": [24, 24, 24],
     "network_def": {
-        "_target_": "memnet.networks.segmentation_network",
+        "_target_": "memnet.workflow.networks.segmentation_network",
         "name": "@network_name",
         "in_channels": 2,
         "out_channels": 3,

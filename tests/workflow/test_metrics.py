@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memnet.metrics import BoundedHausdorff
+from memnet.workflow.metrics import BoundedHausdorff
 
 # MONAI on its own deprecations
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")

@@ -11,10 +11,10 @@ import torch
 from conftest import phantom
 from matplotlib.image import imread
 
-from memnet.legends import LEGENDS, Legend
-from memnet.metrics import label_volumes
-from memnet.overlay import draw_overlay
-from memnet.reporting import middle_planes
+from memnet.workflow.legends import LEGENDS, Legend
+from memnet.workflow.metrics import label_volumes
+from memnet.workflow.overlay import draw_overlay
+from memnet.workflow.reporting import middle_planes
 
 TISSUE = LEGENDS["tissue"]
 

@@ -5,7 +5,7 @@ import sys
 
 CODE = """
 import resource, torch
-from memnet.allocation import keep_freed_memory
+from memnet.workflow.allocation import keep_freed_memory
 print(keep_freed_memory())
 torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -15,10 +15,10 @@ from monai.transforms import MapTransform
 from torch import nn
 from torch.nn import functional
 
-from memnet.checkpoints import load_weights
-from memnet.diffusion import fractional_anisotropy, mean_diffusivity
-from memnet.inferers import supports_bfloat16
+from memnet.diffusion.tensors import fractional_anisotropy, mean_diffusivity
 from memnet.transforms.tensors import EDGE, INTERIOR, interpolate
+from memnet.workflow.checkpoints import load_weights
+from memnet.workflow.inferers import supports_bfloat16
 
 __all__ = ["InterpolateTensorsd", "Refiner", "TensorLoss", "ValidPatchInferer", "errors_in"]
 
@@ -69,7 +69,7 @@ class ValidPatchInferer(Inferer):
         patch_size: voxels a side of a patch.
         border: voxels on each side of a patch that are not refined.
         batch_size: patches at once.
-        amp: autocast to bfloat16; ``None`` decides by :func:`memnet.inferers.supports_bfloat16`.
+        amp: autocast to bfloat16; ``None`` decides by :func:`memnet.workflow.inferers.supports_bfloat16`.
 
     Raises:
         ValueError: nothing is left of a patch without its border.

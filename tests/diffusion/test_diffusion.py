@@ -22,7 +22,7 @@ from memnet.datasets.diffusion import (
     write_tensors,
 )
 from memnet.datasets.diffusion_blocks import cut_blocks
-from memnet.diffusion import (
+from memnet.diffusion.tensors import (
     as_channels,
     as_matrices,
     block_mean,

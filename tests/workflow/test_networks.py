@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memnet import FullyInvResUNet, UNet3D
-from memnet.networks import segmentation_network
+from memnet.workflow.networks import segmentation_network
 
 
 def _size(*arguments, **more):

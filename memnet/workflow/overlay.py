@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 
 from memnet.dicom import split_uid
-from memnet.legends import Legend
-from memnet.metrics import label_volumes
 from memnet.transforms.modalities import read_volume
+from memnet.workflow.legends import Legend
+from memnet.workflow.metrics import label_volumes
 
 __all__ = ["draw_overlay"]
 

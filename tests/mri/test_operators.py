@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from memnet.live_memory import peak_live_bytes
-from memnet.operators import SenseOperator
+from memnet.accounting.live_memory import peak_live_bytes
+from memnet.mri.operators import SenseOperator
 
 CASES = {
     "2D": ((2, 3, 6, 8), (2, 1, 6, 8), (2, 6, 8), 2),

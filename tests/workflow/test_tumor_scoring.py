@@ -6,8 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from memnet import tumor_scoring
-from memnet.tumor_scoring import find_scored_tumors, region_scores, score_tumor
+from memnet.workflow import tumor_scoring
+from memnet.workflow.tumor_scoring import find_scored_tumors, region_scores, score_tumor
 
 # MONAI's metric calls what MONAI has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")

@@ -15,9 +15,9 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 
-from memnet.legends import LEGENDS
-from memnet.metrics import label_volumes
-from memnet.overlay import draw_overlay
+from memnet.workflow.legends import LEGENDS
+from memnet.workflow.metrics import label_volumes
+from memnet.workflow.overlay import draw_overlay
 
 __all__ = ["ImageReport", "LabelReport", "TrainingProgress", "image_meta", "middle_planes"]
 
@@ -31,7 +31,7 @@ class LabelReport:
 
     Args:
         output_dir: where the label maps are written.
-        legend: name of one of :data:`memnet.legends.LEGENDS`.
+        legend: name of one of :data:`memnet.workflow.legends.LEGENDS`.
         overlay: write ``<label map>.png`` beside each label map.
     """
 

@@ -6,8 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from memnet import scoring
-from memnet.scoring import dice, find_scored_cases, score_tissue
+from memnet.workflow import scoring
+from memnet.workflow.scoring import dice, find_scored_cases, score_tissue
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.metrics import SSIMMetric
 
-from memnet.image_quality import NRMSEMetric, SliceSSIMMetric
+from memnet.workflow.image_quality import NRMSEMetric, SliceSSIMMetric
 
 
 def test_nrmse_is_the_relative_error_of_each_image():

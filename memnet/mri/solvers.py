@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch.autograd.function import once_differentiable
 
-from memnet.operators import Map
+from memnet.mri.operators import Map
 
 __all__ = ["ConjugateGradientGradient", "conjugate_gradient"]
 

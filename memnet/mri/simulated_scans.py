@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from memnet.coils import simulated_maps
-from memnet.fourier import image_to_kspace
+from memnet.mri.coils import simulated_maps
+from memnet.mri.fourier import image_to_kspace
 
 __all__ = ["simulate_movie", "simulate_volume", "smooth_phase"]
 

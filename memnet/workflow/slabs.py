@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from tqdm import trange
 
-from memnet.inferers import supports_bfloat16
+from memnet.workflow.inferers import supports_bfloat16
 
 __all__ = ["SlabInferer"]
 
@@ -21,7 +21,7 @@ class SlabInferer(Inferer):
     Args:
         slab_size: slices of a slab; all at once if ``None``.
         overlap: slices that two neighbouring slabs share at least; within them the weight goes over from one to the other.
-        amp: autocast the network to bfloat16; ``None`` decides by :func:`memnet.inferers.supports_bfloat16`. The physics
+        amp: autocast the network to bfloat16; ``None`` decides by :func:`memnet.workflow.inferers.supports_bfloat16`. The physics
             stays in float32.
         progress: show a progress bar where there are several slabs.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from memnet.sampling import GoldenRatioMask, PoissonDiscMask, golden_ratio_lines, poisson_disc
+from memnet.mri.sampling import GoldenRatioMask, PoissonDiscMask, golden_ratio_lines, poisson_disc
 
 
 def random(seed: int = 0) -> np.random.RandomState:

@@ -42,9 +42,9 @@ def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor
     """Run a forward and backward pass on tensors without data, and account for them as if they had some.
 
     Every tensor counts from the operation that makes it to the last reference to it, as with
-    :func:`memnet.live_memory.peak_live_bytes`, which measures the same on real tensors. Of what operations take inside, the
-    unfolded input of PyTorch's own convolution on a CPU (float32, batch size 1, small) is known and counted; copies that
-    oneDNN makes are not, nor is the workspace of a GPU's library.
+    :func:`memnet.accounting.live_memory.peak_live_bytes`, which measures the same on real tensors. Of what operations
+    take inside, the unfolded input of PyTorch's own convolution on a CPU (float32, batch size 1, small) is known and
+    counted; copies that oneDNN makes are not, nor is the workspace of a GPU's library.
 
     Args:
         make: builds the network and its inputs, under simulation, and returns the run to account for (what it returns stays

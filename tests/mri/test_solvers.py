@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from memnet.operators import SenseOperator
-from memnet.solvers import conjugate_gradient
+from memnet.mri.operators import SenseOperator
+from memnet.mri.solvers import conjugate_gradient
 
 N = 6
 

@@ -5,7 +5,7 @@ import torch
 
 from memnet.nets.modl import MoDL
 from memnet.nets.packed import PackedMoDL, pack, unpack
-from memnet.slabs import SlabInferer
+from memnet.workflow.slabs import SlabInferer
 
 
 @pytest.mark.parametrize(("n_slices", "size", "overlap"), [(17, 6, 2), (12, 6, 0), (5, 6, 2), (7, 6, 5)])

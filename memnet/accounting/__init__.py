@@ -1,0 +1,1 @@
+"""What memory a training needs: measured as it runs, or foretold from shapes alone."""

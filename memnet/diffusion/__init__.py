@@ -1,0 +1,1 @@
+"""Diffusion tensors and their super-resolution."""

@@ -1,0 +1,1 @@
+"""The physics of MRI: encoding operator, solver, coils, sampling, simulated raw data."""
