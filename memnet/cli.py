@@ -7,7 +7,7 @@ from typing import Any
 
 from memnet import __version__
 from memnet.accounting import planner
-from memnet.benchmarks import comparison, depth, superresolution, training_memory, unrolled
+from memnet.benchmarks import comparison, depth, superresolution, superresolution_trials, training_memory, unrolled
 from memnet.bundle import input_error
 from memnet.datasets import diffusion_blocks
 from memnet.workflow import scoring, tumor_scoring
@@ -24,6 +24,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     depth.add_parser,
     unrolled.add_parser,
     superresolution.add_parser,
+    superresolution_trials.add_parser,
     diffusion_blocks.add_parser,
 )
 
