@@ -105,6 +105,24 @@ def test_missing_modalities_are_zero_channels_however_the_files_are_given(brats_
     assert [bool(channel.any()) for channel in seen[0][0]] == [False, True, False, True]
 
 
+def test_scans_scored_after_stripping_look_as_before_to_the_network(
+    write_nifti: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Z-scored files have a constant background below 0, as those of BraTS 2015 do."""
+    t1 = phantom()[0]
+    seen = []
+
+    class Look(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.clone())
+            return x
+
+    for name, values in {"a_t1.nii.gz": t1, "b_t1.nii.gz": (t1 - t1.mean()) / t1.std()}.items():
+        options = {**SMALL, "roi_size": [32, 32, 32], "t1": str(write_nifti(name, values)), "output_dir": str(tmp_path)}
+        run(TUMOR.folder, "run", "inference.json", **options, **{"network_def": Look(), "handlers": [], "amp": False})
+    torch.testing.assert_close(seen[1], seen[0], atol=1e-4, rtol=0)
+
+
 def test_fine_tuning_begins_with_the_weights_given(
     brats_folder: Path, random_weights: Callable[..., Path], tmp_path: Path
 ) -> None:
