@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
-import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from memnet.accounting.live_memory import peak_live_bytes
 from memnet.benchmarks.contenders import CONTENDERS
+from memnet.benchmarks.measurement import measure_in_turn
 from memnet.benchmarks.records import Record, read_record, write_whole
+from memnet.benchmarks.tables import machine, markdown_table, shown
 from memnet.benchmarks.trial import Case, Settings, run_trial
 from memnet.datasets import existing_folder, split_folds
 from memnet.losses import InvResLoss
@@ -84,29 +82,19 @@ def measure_costs(
     def step(network: nn.Module) -> None:
         loss(network(image), label).backward()
 
-    def seconds(network: nn.Module) -> float:
-        network.zero_grad(set_to_none=True)
-        _wait(device)
-        start = time.perf_counter()
-        step(network)
-        _wait(device)
-        return time.perf_counter() - start
-
     networks: dict[str, nn.Module] = {}
-    costs: dict[str, dict[str, Any]] = {}
     for name in contenders:
         torch.manual_seed(0)
-        networks[name] = network = CONTENDERS[name].build(1, n_classes).to(device)
-        step(network)  # libraries choose and load their kernels in the first step
-        network.zero_grad(set_to_none=True)
-        costs[name] = {
+        networks[name] = CONTENDERS[name].build(1, n_classes).to(device)
+    costs = measure_in_turn(step, networks, rounds, device)
+    return {
+        name: {
             "parameters": sum(p.numel() for key, p in network.named_parameters() if not key.startswith("vae.")),
-            "peak": peak_live_bytes(partial(step, network), network.parameters(), device),
+            "peak": costs[name].peak,
+            "time_ratio": costs[name].pace(costs[contenders[0]]) if rounds else None,
         }
-    times = [{name: seconds(network) for name, network in networks.items()} for _ in range(rounds)]
-    for name, cost in costs.items():
-        cost["time_ratio"] = statistics.median(t[name] / t[contenders[0]] for t in times) if times else None
-    return costs
+        for name, network in networks.items()
+    }
 
 
 def score_table(records: Sequence[Record]) -> str:
@@ -117,8 +105,7 @@ def score_table(records: Sequence[Record]) -> str:
     columns = [("dice", c) for c in [*classes, "mean"]]
     columns += [(metric, c) for metric in ("hausdorff", "hausdorff95") for c in classes]
     titles = {"dice": "Dice", "hausdorff": "Hausdorff, mm", "hausdorff95": "Hausdorff 95 %, mm"}
-    lines = ["| network | seeds | " + " | ".join(f"{titles[m]}, {c}" for m, c in columns) + " |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
+    rows = []
     undefined = 0
     for name, contender in CONTENDERS.items():
         mine = [record for record in records if record["network"] == name]
@@ -134,26 +121,22 @@ def score_table(records: Sequence[Record]) -> str:
             spread = f" ± {statistics.stdev(means):.{digits}f}" if len(means) > 1 else ""
             cells.append(f"{statistics.fmean(means):.{digits}f}{spread}" if means else "-")
         if mine:
-            lines.append(f"| {contender.title} | {len(mine)} | " + " | ".join(cells) + " |")
+            rows.append([contender.title, len(mine), *cells])
+    table = markdown_table(["network", "seeds", *(f"{titles[m]}, {c}" for m, c in columns)], rows)
     if undefined:
-        lines += ["", f"{undefined} scores are undefined (a class that was not predicted) and left out of the means."]
-    return "\n".join(lines)
+        table += f"\n\n{undefined} scores are undefined (a class that was not predicted) and left out of the means."
+    return table
 
 
 def cost_table(costs: dict[str, dict[str, Any]]) -> str:
     """Return a markdown table of what :func:`measure_costs` found; ratios are to the first network."""
-    lines = [
-        "| network | parameters, million | peak, MiB | to the first | time to the first |",
-        "|---|---|---|---|---|",
-    ]
     first = next(iter(costs.values()))
-    for name, cost in costs.items():
-        pace = "-" if cost["time_ratio"] is None else f"{cost['time_ratio']:.2f}"
-        lines.append(
-            f"| {CONTENDERS[name].title} | {cost['parameters'] / 1e6:.2f} | {cost['peak'] / 2**20:.0f} "
-            f"| {cost['peak'] / first['peak']:.2f} | {pace} |"
-        )
-    return "\n".join(lines)
+    rows = [
+        [CONTENDERS[name].title, shown(cost["parameters"] / 1e6, 2), shown(cost["peak"] / 2**20, 0)]
+        + [shown(cost["peak"] / first["peak"], 2), shown(cost["time_ratio"], 2)]
+        for name, cost in costs.items()
+    ]
+    return markdown_table(["network", "parameters, million", "peak, MiB", "to the first", "time to the first"], rows)
 
 
 def add_parser(commands: Any) -> None:
@@ -187,8 +170,10 @@ def _run(arguments: argparse.Namespace) -> None:
                 run_trial(name, seed, settings, cases, output_dir, a.device)
                 _write_tables(output_dir)
     for patch in a.patch:
-        hardware = torch.cuda.get_device_name() if a.device == "cuda" else f"{platform.machine()} CPU"
-        content = {"hardware": hardware, "costs": measure_costs(a.networks, patch, rounds=a.rounds, device=a.device)}
+        content = {
+            "hardware": machine(a.device),
+            "costs": measure_costs(a.networks, patch, rounds=a.rounds, device=a.device),
+        }
         write_whole(output_dir / f"costs_{patch}.json", json.dumps(content, indent=1) + "\n")
     print(_write_tables(output_dir))
 
@@ -208,8 +193,3 @@ def _write_tables(folder: Path) -> str:
     text = "\n\n".join(parts) + "\n"
     write_whole(folder / "tables.md", text)
     return text
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,11 +13,10 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from memnet.accounting.live_memory import peak_live_bytes
+from memnet.benchmarks.measurement import count_flops, measure_in_turn
 from memnet.benchmarks.records import write_whole
+from memnet.benchmarks.tables import machine, markdown_table, shown
 from memnet.chain import Chain, Memory
 from memnet.couplings import AdditiveCoupling
 from memnet.nets.segmentation import norm_act_conv
@@ -104,23 +101,13 @@ def measure_depths(
         ).to(device)
         state = [torch.randn(2, channels, size, size, size, device=device, requires_grad=True) for _ in range(2)]
         upstream = [torch.randn_like(x) for x in state]
-        run = partial(_forward_and_backward, chain, state, upstream, device)
-        peaks, flops = {}, {}
-        for memory in get_args(Memory):
-            chain.memory = memory
-            run()  # libraries choose and load their kernels in the first pass
-            peaks[memory] = peak_live_bytes(run, chain.parameters(), device)
-            with _FlopCounter() as counter:
-                run()
-            flops[memory] = counter.total
-        seconds: dict[Memory, list[float]] = {memory: [] for memory in get_args(Memory)}
-        for _ in range(rounds):
-            for memory, found in seconds.items():
-                chain.memory = memory
-                start = time.perf_counter()
-                run()
-                found.append(time.perf_counter() - start)
-        costs += [DepthCost(m, depth, peaks[m], flops[m], statistics.median(seconds[m])) for m in get_args(Memory)]
+        run = partial(_forward_and_backward, state, upstream)
+        chains = {memory: copy.deepcopy(chain) for memory in get_args(Memory)}
+        for memory, network in chains.items():
+            network.memory = memory
+        for memory, cost in measure_in_turn(run, chains, rounds, device).items():
+            flops = count_flops(partial(run, chains[memory]))
+            costs.append(DepthCost(memory, depth, cost.peak, flops, cost.median))  # type: ignore[arg-type]
     return costs
 
 
@@ -153,20 +140,19 @@ def table(costs: Sequence[DepthCost], fits: Sequence[Fit]) -> str:
         by_depth.setdefault(cost.depth, {})[cost.memory] = cost
     rerun = [memory for memory in GROWTH if memory != "store"]
     columns = [f"{m}, MiB" for m in GROWTH] + [f"FLOPs, {m}" for m in rerun] + [f"time, {m}" for m in rerun]
-    lines = ["| L | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     for depth, found in by_depth.items():
-        cells = [f"{found[m].peak / 2**20:.1f}" for m in GROWTH]
-        cells += [f"{found[m].flops / found['store'].flops:.2f}" for m in rerun]
-        cells += [f"{found[m].seconds / found['store'].seconds:.2f}" for m in rerun]
-        lines.append(f"| {depth} | " + " | ".join(cells) + " |")
-    lines += ["", "| `memory` | memory ~ L^p, p | expected growth | fit, MiB | R² |", "|---|---|---|---|---|"]
+        stored = found["store"]
+        cells = [shown(found[m].peak / 2**20, 1) for m in GROWTH]
+        cells += [shown(found[m].flops / stored.flops, 2) for m in rerun]
+        rows.append([depth, *cells, *(shown(found[m].seconds / stored.seconds, 2) for m in rerun)])
+    growth = []
     for fit in fits:
         term = f" + {fit.slope / 2**20:.2f} {fit.growth}" if fit.r_squared is not None else ""
-        quality = "-" if fit.r_squared is None else f"{fit.r_squared:.4f}"
-        lines.append(
-            f"| {fit.memory} | {round(fit.exponent, 2) + 0.0:.2f} | {fit.growth} | {fit.offset / 2**20:.1f}{term} | {quality} |"
-        )
-    return "\n".join(lines)
+        exponent = shown(round(fit.exponent, 2) + 0.0, 2)
+        growth.append([fit.memory, exponent, fit.growth, f"{fit.offset / 2**20:.1f}{term}", shown(fit.r_squared, 4)])
+    titles = ["`memory`", "memory ~ L^p, p", "expected growth", "fit, MiB", "R²"]
+    return f"{markdown_table(['L', *columns], rows)}\n\n{markdown_table(titles, growth)}"
 
 
 def draw_depths(costs: Sequence[DepthCost], fits: Sequence[Fit], file: str | Path) -> None:
@@ -229,10 +215,8 @@ def _run(arguments: argparse.Namespace) -> None:
     print(table(costs, fits))
     if a.output_dir:
         folder = Path(a.output_dir)
-        hardware = torch.cuda.get_device_name() if a.device == "cuda" else f"{platform.machine()} CPU"
         content = {
-            "hardware": hardware,
-            "torch": torch.__version__,
+            "machine": machine(a.device),
             "channels": a.channels,
             "size": a.size,
             "costs": [asdict(cost) for cost in costs],
@@ -242,26 +226,7 @@ def _run(arguments: argparse.Namespace) -> None:
         draw_depths(costs, fits, folder / "depth.png")
 
 
-def _forward_and_backward(
-    chain: Chain, state: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor], device: str
-) -> None:
+def _forward_and_backward(state: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor], chain: Chain) -> None:
     for tensor in (*state, *chain.parameters()):
         tensor.grad = None
     torch.autograd.backward(chain(*state), upstream)
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-class _FlopCounter(TorchDispatchMode):
-    """Counts what torch's FlopCounterMode counts; that one's hooks on modules fail where a backward pass runs another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = function(*args, **(kwargs or {}))
-        count = flop_registry.get(function.overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=output)
-        return output

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-from memnet.accounting.live_memory import peak_live_bytes
+from memnet.benchmarks.measurement import measure_in_turn
+from memnet.benchmarks.tables import machine, markdown_table, shown
 from memnet.chain import Memory
 from memnet.nets.espcn import ESPCNRevNet
 
-__all__ = ["StepCost", "measure_steps", "table"]
+__all__ = ["StepCost", "measure_steps", "table", "training_step"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,24 @@ class StepCost:
     memory: Memory
     peak: int
     seconds: float
+
+
+def training_step(batch_size: int = 12, patch_size: int = 11, device: str = "cpu") -> Callable[[nn.Module], None]:
+    """Return a training step of a network of six channels and an upsampling rate of 2, on one batch of noise.
+
+    Args:
+        batch_size: patches a step.
+        patch_size: voxels a side of a patch.
+        device: ``cpu`` or ``cuda``.
+    """
+    torch.manual_seed(0)
+    image = torch.randn(batch_size, 6, *(patch_size,) * 3, device=device)
+    label = torch.randn(batch_size, 6, *(2 * (patch_size - 4),) * 3, device=device)
+
+    def step(network: nn.Module) -> None:
+        functional.mse_loss(network(image), label).backward()
+
+    return step
 
 
 def measure_steps(
@@ -56,46 +73,24 @@ def measure_steps(
         steps: timed steps of each; 0 measures memory alone.
         device: ``cpu`` or ``cuda``.
     """
-    torch.manual_seed(0)
-    image = torch.randn(batch_size, 6, *(patch_size,) * 3, device=device)
-    label = torch.randn(batch_size, 6, *(2 * (patch_size - 4),) * 3, device=device)
-    networks = [ESPCNRevNet(n_blocks=n, channels=channels, memory=memory).to(device) for n, memory in cases]
-
-    def step(network: ESPCNRevNet) -> None:
-        functional.mse_loss(network(image), label).backward()
-
-    peaks = []
-    for network in networks:
-        step(network)  # libraries choose and load their kernels in the first step
-        network.zero_grad(set_to_none=True)
-        peaks.append(peak_live_bytes(lambda network=network: step(network), network.parameters(), device))  # type: ignore[misc]
-        network.zero_grad(set_to_none=True)
-    times: list[list[float]] = [[] for _ in networks]
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    for _ in range(steps):
-        for network, found in zip(networks, times, strict=True):
-            begin = clock()
-            step(network)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            found.append(clock() - begin)
-            network.zero_grad(set_to_none=True)
-    return [
-        StepCost(n, memory, peak, statistics.median(found) if found else math.nan)
-        for (n, memory), peak, found in zip(cases, peaks, times, strict=True)
-    ]
+    step = training_step(batch_size, patch_size, device)
+    networks = {
+        f"{n} {memory}": ESPCNRevNet(n_blocks=n, channels=channels, memory=memory).to(device) for n, memory in cases
+    }
+    found = measure_in_turn(step, networks, steps, device)
+    costs = [found[f"{n} {memory}"] for n, memory in cases]
+    return [StepCost(n, memory, cost.peak, cost.median) for (n, memory), cost in zip(cases, costs, strict=True)]
 
 
 def table(costs: Sequence[StepCost]) -> str:
     """Return a markdown table; time is compared with ``store`` of as many blocks."""
     stored = {cost.n_blocks: cost.seconds for cost in costs if cost.memory == "store"}
-    lines = ["| network | `memory` | peak, MiB | time, s | to `store` |", "|---|---|---|---|---|"]
+    rows = []
     for cost in costs:
         ratio = cost.seconds / stored.get(cost.n_blocks, math.nan)
         name = f"ESPCN-RN{cost.n_blocks}" if cost.n_blocks else "ESPCN"
-        shown = ["-" if math.isnan(x) else f"{x:.{digits}f}" for x, digits in ((cost.seconds, 3), (ratio, 2))]
-        lines.append(f"| {name} | {cost.memory} | {cost.peak / 2**20:.1f} | {shown[0]} | {shown[1]} |")
-    return "\n".join(lines)
+        rows.append([name, cost.memory, shown(cost.peak / 2**20, 1), shown(cost.seconds, 3), shown(ratio, 2)])
+    return markdown_table(["network", "`memory`", "peak, MiB", "time, s", "to `store`"], rows)
 
 
 def add_parser(commands: Any) -> None:
@@ -117,5 +112,4 @@ def _run(arguments: argparse.Namespace) -> None:
     costs = measure_steps(
         cases, arguments.batch_size, arguments.patch_size, arguments.channels, arguments.steps, arguments.device
     )
-    hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU"
-    print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n{table(costs)}")
+    print(f"{machine(arguments.device)}\n\n{table(costs)}")

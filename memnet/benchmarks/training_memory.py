@@ -2,18 +2,15 @@
 
 import argparse
 import itertools
-import math
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import monai
 import torch
 from torch import nn
 
-from memnet.accounting.live_memory import peak_live_bytes
+from memnet.benchmarks.measurement import measure_in_turn
+from memnet.benchmarks.tables import machine, markdown_table, shown
 from memnet.losses import InvResLoss
 from memnet.workflow.networks import NETWORKS, segmentation_network
 
@@ -74,36 +71,29 @@ def measure(
     label = torch.randint(0, 4, (1, 1, patch, patch, patch), device=device)
     loss = InvResLoss()
 
-    def step() -> None:
+    def step(net: nn.Module) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
             prediction = net(image)
         loss(prediction, label).backward()
 
-    step()  # libraries choose and load their kernels in the first step
-    net.zero_grad(set_to_none=True)
-    peak = peak_live_bytes(step, net.parameters(), device)
-    times = [_timed(step, net, device) for _ in range(steps)]
+    cost = measure_in_turn(step, {network: net}, steps, device)[network]
     name = f"{type(net).__name__}{' + VAE' if vae else ''}"
     size = sum(p.numel() for key, p in net.named_parameters() if not key.startswith("vae."))
-    seconds = statistics.median(times) if times else float("nan")
-    return Measurement(name, size, str(net.memory), patch, precision, peak, seconds)
+    return Measurement(name, size, str(net.memory), patch, precision, cost.peak, cost.median)
 
 
 def table(measurements: Sequence[Measurement]) -> str:
     """Return a markdown table; ratios are to the first row of the same patch and precision."""
-    lines = [
-        "| network | parameters, M | `memory` | patch | precision | peak, MiB | to the first | time to the first |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     first: dict[tuple[int, str], Measurement] = {}
     for m in measurements:
         reference = first.setdefault((m.patch, m.precision), m)
-        pace = m.seconds / reference.seconds
-        lines.append(
-            f"| {m.network} | {m.parameters / 1e6:.2f} | {m.memory} | {m.patch}^3 | {m.precision} | {m.peak / 2**20:.0f} "
-            f"| {m.peak / reference.peak:.2f} | {'-' if math.isnan(pace) else f'{pace:.2f}'} |"
+        rows.append(
+            [m.network, shown(m.parameters / 1e6, 2), m.memory, f"{m.patch}^3", m.precision, shown(m.peak / 2**20, 0)]
+            + [shown(m.peak / reference.peak, 2), shown(m.seconds / reference.seconds, 2)]
         )
-    return "\n".join(lines)
+    titles = ["network", "parameters, M", "`memory`", "patch", "precision", "peak, MiB", "to the first"]
+    return markdown_table([*titles, "time to the first"], rows)
 
 
 def add_parser(commands: Any) -> None:
@@ -120,21 +110,9 @@ def _run(arguments: argparse.Namespace) -> None:
     cases: list[tuple[str, str | None, bool]] = [(network, None, False) for network in NETWORKS]
     cases += [("fully", None, True), ("fully", "checkpoint", False), ("fully", "store", False)]
     device = arguments.device
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-    print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, MONAI {monai.__version__}\n")
+    print(f"{machine(device)}, MONAI {monai.__version__}\n")
     print(table([]))
     found: list[Measurement] = []
     for patch, precision, (network, memory, vae) in itertools.product(arguments.patch, arguments.precision, cases):
         found.append(measure(network, memory, patch, precision, device, vae, arguments.steps))
         print(table(found).splitlines()[-1], flush=True)
-
-
-def _timed(step: Callable[[], None], net: nn.Module, device: str) -> float:
-    net.zero_grad(set_to_none=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

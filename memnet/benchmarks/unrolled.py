@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from memnet.accounting.live_memory import peak_live_bytes
+from memnet.benchmarks.measurement import measure_in_turn
+from memnet.benchmarks.tables import machine, markdown_table, shown
 from memnet.mri.operators import SenseOperator
 from memnet.nets.modl import DataConsistency, MoDL, Regularization, ResidualCNN
 
@@ -124,49 +121,27 @@ def compare_strategies(
     def step(net: MoDL) -> None:
         net(*data).abs().square().mean().backward()
 
-    peaks: dict[str, int] = {}
-    gradients: dict[str, torch.Tensor] = {}
-    times: dict[str, list[float]] = {name: [] for name in networks}
-    for name, net in networks.items():
-        step(net)
-        net.zero_grad(set_to_none=True)
-        peaks[name] = peak_live_bytes(partial(step, net), net.parameters(), device)
-        gradients[name] = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-    for _ in range(rounds):
-        for name, net in networks.items():
-            net.zero_grad(set_to_none=True)
-            _synchronize(device)
-            start = time.perf_counter()
-            step(net)
-            _synchronize(device)
-            times[name].append(time.perf_counter() - start)
+    costs = measure_in_turn(step, networks, rounds, device)
+    gradients = {
+        name: torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        for name, net in networks.items()
+    }
     exact = gradients["plain"]
     return [
-        Cost(
-            name,
-            n_unrolls,
-            peaks[name],
-            statistics.median(times[name]) if rounds else float("nan"),
-            float((gradients[name] - exact).norm() / exact.norm()),
-        )
-        for name in networks
+        Cost(name, n_unrolls, cost.peak, cost.median, float((gradients[name] - exact).norm() / exact.norm()))
+        for name, cost in costs.items()
     ]
 
 
 def table(costs: Sequence[Cost]) -> str:
     """Return a markdown table; ratios are to plain backpropagation with as many unrolls."""
     plain = {cost.n_unrolls: cost for cost in costs if cost.strategy == "plain"}
-    lines = [
-        "| strategy | unrolls | peak, MiB | to plain | time to plain | gradient error |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for c in costs:
         reference = plain[c.n_unrolls]
-        lines.append(
-            f"| {c.strategy} | {c.n_unrolls} | {c.peak / 2**20:.0f} | {c.peak / reference.peak:.2f} "
-            f"| {c.seconds / reference.seconds:.2f} | {c.error:.1e} |"
-        )
-    return "\n".join(lines)
+        memory = [shown(c.peak / 2**20, 0), shown(c.peak / reference.peak, 2)]
+        rows.append([c.strategy, c.n_unrolls, *memory, shown(c.seconds / reference.seconds, 2), f"{c.error:.1e}"])
+    return markdown_table(["strategy", "unrolls", "peak, MiB", "to plain", "time to plain", "gradient error"], rows)
 
 
 def add_parser(commands: Any) -> None:
@@ -185,8 +160,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine() + " CPU"
-    print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
+    print(f"{machine(arguments.device)}\n", flush=True)
     costs: list[Cost] = []
     for n_unrolls in arguments.unrolls:
         costs += compare_strategies(
@@ -202,8 +176,3 @@ def _run(arguments: argparse.Namespace) -> None:
         print(table(costs), flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps([c._asdict() for c in costs], indent=1), encoding="utf-8")
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
