@@ -64,7 +64,7 @@ def espirit_maps(
     kernel: int = 6,
     threshold: float = 0.02,
     crop: float = 0.8,
-    n_iterations: int = 40,
+    n_squarings: int = 5,
 ) -> torch.Tensor:
     r"""Estimate coil maps by ESPIRiT, slice after slice.
 
@@ -78,7 +78,7 @@ def espirit_maps(
         kernel: side of the patches, samples.
         threshold: least singular value of a kernel that is kept, relative to the largest.
         crop: least eigenvalue of a pixel that shows something; elsewhere maps are zero.
-        n_iterations: power iterations for the eigenvector.
+        n_squarings: the eigenvector is that to which the projection's power ``2**n_squarings`` takes the principal coil.
 
     Returns:
         Complex ``(coils, slices, y, z)``.
@@ -104,7 +104,7 @@ def espirit_maps(
     principal = torch.linalg.eigh(samples @ samples.mH)[1][:, -1]
     principal = principal * torch.polar(torch.ones(()), -principal[0].angle().cpu()).to(principal)
     slices = [
-        _slice_maps(region[:, i], principal, to_image, kernel, threshold, crop, n_iterations)
+        _slice_maps(region[:, i], principal, to_image, kernel, threshold, crop, n_squarings)
         for i in range(kspace.shape[1])
     ]
     return torch.stack(slices, 1)
@@ -153,7 +153,7 @@ def _slice_maps(
     kernel: int,
     threshold: float,
     crop: float,
-    n_iterations: int,
+    n_squarings: int,
 ) -> torch.Tensor:
     n_coils = region.shape[0]
     size = (to_image[0].shape[0], to_image[1].shape[0])
@@ -169,13 +169,13 @@ def _slice_maps(
     correlation = correlation[..., shifts[:, None], shifts] / kernel**2
     projection = torch.einsum("ya,ijab,zb->yzij", to_image[0], correlation, to_image[1])
     # The projection is Hermitian and not negative: what starts at the principal coil keeps a real product with it.
-    maps = (projection @ principal[:, None]) + 1e-6 * principal[:, None]
-    value = maps.new_zeros(size).real
-    for _ in range(n_iterations):
-        maps = maps / maps.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny)
-        image = projection @ maps
-        value = (maps.conj() * image).sum((-2, -1)).real
-        maps = image
-    maps = (maps / maps.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny))[..., 0]
+    power, least = projection, torch.finfo(projection.real.dtype).tiny
+    for _ in range(n_squarings):
+        power = power @ power
+        trace = power.diagonal(dim1=-2, dim2=-1).real.sum(-1).clamp_min(least)  # kept at 1, lest air's powers vanish
+        power = power / trace[..., None, None]
+    maps = power @ principal
+    maps = maps / maps.norm(dim=-1, keepdim=True).clamp_min(least)
+    value = torch.linalg.vecdot(maps, (projection @ maps[..., None])[..., 0]).real
     maps = maps * (value > crop)[..., None]
     return maps.movedim(-1, 0).contiguous()

@@ -34,6 +34,7 @@ __all__ = [
     "ScaleKspaced",
     "ToVolumed",
     "ZeroFilledd",
+    "fit_field_of_view",
 ]
 
 Data = Mapping[Hashable, Any]
@@ -53,14 +54,23 @@ class LoadKspaced(MapTransform):
         movie: whether a file holds the frames of a 2D slice, rather than a volume.
         n_coils: coils of simulated data.
         noise: noise of simulated data, see :func:`memnet.mri.simulated_scans.simulate_volume`.
+        margin: air around the head or knee in simulated scans of a volume, voxels, see :func:`fit_field_of_view`; all that the
+            file has if ``None``.
 
     Raises:
         ValueError: the file cannot be read or is of the other kind, naming it.
     """
 
-    def __init__(self, keys: KeysCollection, movie: bool = False, n_coils: int = 8, noise: float = 0.01) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        movie: bool = False,
+        n_coils: int = 8,
+        noise: float = 0.01,
+        margin: int | None = None,
+    ) -> None:
         super().__init__(keys)
-        self.movie, self.n_coils, self.noise = movie, n_coils, noise
+        self.movie, self.n_coils, self.noise, self.margin = movie, n_coils, noise, margin
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         """Add ``kspace``, MetaTensor complex64 ``(coils, slices or frames, y, z)``, and ``mask``, bool ``(1, ...)``."""
@@ -106,6 +116,8 @@ class LoadKspaced(MapTransform):
         affine = np.asarray(image.affine, dtype=float)
         seed = zlib.crc32(f"{path.name} {slice_index}".encode())
         if not self.movie:
+            if self.margin is not None:
+                values, affine = fit_field_of_view(values, affine, self.margin)
             kspace = simulate_volume(torch.from_numpy(values), self.n_coils, self.noise, seed)
             return kspace, torch.ones(1, 1, *kspace.shape[2:], dtype=torch.bool), affine
         index = values.shape[2] // 2 if slice_index is None else slice_index
@@ -343,6 +355,29 @@ class CompareMagnitudesd(MapTransform):
         for key in self.key_iterator(d):
             d[key] = _plain(d[key]).float().norm(dim=0, keepdim=True) / largest
         return d
+
+
+def fit_field_of_view(magnitude: np.ndarray, affine: np.ndarray, margin: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a volume to what is above 0, as a scan is planned: k-space of air costs time and says nothing.
+
+    Args:
+        magnitude: ``(x, y, z)``, somewhere above 0.
+        affine: ``(4, 4)``, mm.
+        margin: air on each side, voxels; sides grow to the next multiple of 8, and no side beyond the volume.
+
+    Returns:
+        The part of the volume, and its affine.
+    """
+    part, origin = [], []
+    for axis, n in enumerate(magnitude.shape):
+        there = np.flatnonzero((magnitude > 0).any(tuple({0, 1, 2} - {axis})))
+        side = min(n, -(-(there[-1] - there[0] + 1 + 2 * margin) // 8) * 8)
+        start = min(max(0, (there[0] + there[-1] + 1 - side) // 2), n - side)
+        part.append(slice(start, start + side))
+        origin.append(start)
+    placed = affine.copy()
+    placed[:3, 3] += affine[:3, :3] @ origin
+    return np.ascontiguousarray(magnitude[tuple(part)]), placed
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:

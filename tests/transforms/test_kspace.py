@@ -29,6 +29,7 @@ from memnet.transforms.kspace import (
     RandUndersampled,
     ScaleKspaced,
     ToVolumed,
+    fit_field_of_view,
 )
 
 AFFINE = np.array([[-0.9, 0, 0, 20], [0, 1.1, 0, -30], [0, 0, 1.3, 5], [0, 0, 0, 1]], dtype=float)
@@ -65,6 +66,15 @@ def test_simulation_is_the_same_every_time_and_differs_between_files(volume: Pat
     other.write_bytes(volume.read_bytes())
     assert torch.equal(first, again)
     assert not torch.equal(first, load({"image": str(other)})["kspace"])
+
+
+def test_a_simulated_scan_is_planned_around_what_there_is() -> None:
+    magnitude = np.zeros((30, 40, 12), np.float32)
+    magnitude[5:14, 20:36, 1:12] = 1
+    part, affine = fit_field_of_view(magnitude, AFFINE, 2)
+    assert part.shape == (16, 24, 12) and part.sum() == magnitude.sum()
+    corner = np.argwhere(part > 0).min(0)
+    np.testing.assert_allclose(affine @ [*corner, 1], AFFINE @ [5, 20, 1, 1])
 
 
 def test_noise_is_as_strong_as_asked() -> None:
