@@ -9,7 +9,7 @@ from memnet import __version__
 from memnet.accounting import planner
 from memnet.benchmarks import comparison, depth, superresolution, superresolution_trials, training_memory, unrolled
 from memnet.bundle import input_error
-from memnet.datasets import diffusion_blocks
+from memnet.datasets import diffusion_blocks, diffusion_copies
 from memnet.workflow import scoring, tumor_scoring
 
 __all__ = ["main"]
@@ -26,6 +26,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     superresolution.add_parser,
     superresolution_trials.add_parser,
     diffusion_blocks.add_parser,
+    diffusion_copies.add_parser,
 )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from memnet.diffusion.tensors import (
     rotation_of,
 )
 from memnet.transforms.grids import same_grid
+from memnet.whole_files import whole_file
 
 __all__ = [
     "find_inputs",
@@ -40,13 +41,14 @@ __all__ = [
     "repeat",
     "save_whole",
     "split_subjects",
+    "write_series",
     "write_tensors",
 ]
 
 logger = logging.getLogger("memnet")
 
 _HCP = Path("T1w", "Diffusion", "data.nii.gz")
-_VERSION = 1  # of what a prepared folder holds
+_VERSION = 2  # of what a prepared folder holds
 _DIFFUSIVITY_LIMIT = 0.02  # mm^2/s; free water at 37 degrees has 0.003
 
 
@@ -175,18 +177,30 @@ def write_tensors(path: str | Path, tensors: np.ndarray, affine: np.ndarray) -> 
     save_whole(image, path)
 
 
+def write_series(path: str | Path, series: DiffusionSeries) -> None:
+    """Write a diffusion series as :func:`read_series` reads it, the images last.
+
+    Args:
+        path: the images' ``.nii.gz``; ``.bval``, ``.bvec`` (FSL's) and ``_mask.nii.gz`` of the same name are put beside it.
+        series: what to write.
+    """
+    path = Path(path)
+    stem = _stem(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savetxt(path.with_name(f"{stem}.bval"), series.bvals[None], fmt="%g")
+    np.savetxt(path.with_name(f"{stem}.bvec"), series.bvecs.T, fmt="%.8f")
+    mask = nib.Nifti1Image(series.mask.astype(np.uint8), series.affine)
+    save_whole(mask, path.with_name(f"{stem}_mask.nii.gz"))
+    save_whole(nib.Nifti1Image(series.signals, series.affine), path)
+
+
 def save_whole(image: Any, path: str | Path) -> None:
     """Write a NIfTI image with both of its affines set, complete or not at all."""
-    path = Path(path)
     image.set_sform(image.affine, code=1)
     image.set_qform(image.affine, code=1, strip_shears=True)
     image.header.set_xyzt_units("mm")
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
+    with whole_file(path) as partial:
         nib.save(image, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def find_series(dataset_dir: str | Path) -> list[Case]:
@@ -269,7 +283,7 @@ def prepare(
             fine = read_series(one["data"], one.get("mask")).select(shells)
             made = {"high": fine} if rate is None else {"high": fine.cropped(rate), "low": fine.coarse(rate)}
             if rate is not None and interpolated:
-                made["interpolated"] = made["low"].fine(rate)
+                made["interpolated"] = replace(made["low"].fine(rate), mask=made["high"].mask)
             record.unlink(missing_ok=True)
             for key, at in made.items():
                 tensors = fit_tensors(at, progress)
@@ -277,9 +291,8 @@ def prepare(
                 folder.mkdir(parents=True, exist_ok=True)
                 write_tensors(files[f"tensor_{key}"], tensors, at.affine)
                 save_whole(nib.Nifti1Image(at.mask.astype(np.uint8), at.affine), files[f"mask_{key}"])
-            partial = record.with_name(f".partial-{os.getpid()}-{record.name}")
-            partial.write_text(json.dumps(made_from, indent=1), encoding="utf-8")
-            partial.replace(record)
+            with whole_file(record) as partial:
+                partial.write_text(json.dumps(made_from, indent=1), encoding="utf-8")
         cases.append({"subject": one["subject"], **files})
     return cases
 

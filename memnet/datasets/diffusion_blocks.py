@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
-from memnet.datasets.diffusion import read_series, save_whole
+from memnet.datasets.diffusion import read_series, write_series
 
 __all__ = ["add_parser", "cut_blocks"]
 
@@ -52,13 +52,9 @@ def cut_blocks(
         box = tuple(slice(begin, end) if a == axis else slice(None) for a in range(3))
         affine = series.affine.copy()
         affine[:3, 3] += begin * affine[:3, axis]
-        folder = Path(output_dir) / section
-        folder.mkdir(parents=True, exist_ok=True)
-        save_whole(nib.Nifti1Image(series.mask[box].astype(np.uint8), affine), folder / f"{section}_mask.nii.gz")
-        np.savetxt(folder / f"{section}.bval", series.bvals[None], fmt="%g")
-        np.savetxt(folder / f"{section}.bvec", series.bvecs.T, fmt="%.6f")
-        written.append(folder / f"{section}.nii.gz")
-        save_whole(nib.Nifti1Image(series.signals[box], affine), written[-1])
+        block = replace(series, signals=series.signals[box], mask=series.mask[box], affine=affine)
+        written.append(Path(output_dir) / section / f"{section}.nii.gz")
+        write_series(written[-1], block)
     return written
 
 

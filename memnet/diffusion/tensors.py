@@ -24,6 +24,7 @@ __all__ = [
     "fit_tensors",
     "fractional_anisotropy",
     "mean_diffusivity",
+    "predict_signals",
     "rotate_tensors",
     "rotation_of",
     "world_directions",
@@ -139,7 +140,7 @@ class DiffusionSeries:
             raise ValueError(f"{self.name}: its mask is empty")
         if not np.isfinite(self.bvals).all() or self.bvals.min() < 0:
             raise ValueError(f"{self.name}: a b-value is negative or not finite")
-        weighted = self.bvals > _B0_LIMIT
+        weighted = ~self.unweighted
         if weighted.all():
             raise ValueError(f"{self.name}: no image of b = 0 (below {_B0_LIMIT:g} s/mm^2); the fit needs one")
         lengths = np.linalg.norm(self.bvecs[weighted], axis=1)
@@ -149,6 +150,11 @@ class DiffusionSeries:
                 f"{self.name}: {int(wrong.sum())} of {wrong.size} directions are no unit vectors (lengths "
                 f"{lengths.min():.3g} to {lengths.max():.3g}); are the bvecs those of this series?"
             )
+
+    @property
+    def unweighted(self) -> np.ndarray:
+        """The images of b = 0, ``(n,)`` boolean."""
+        return self.bvals <= _B0_LIMIT
 
     def select(self, shells: Sequence[float] | None = None, tolerance: float = 100.0) -> DiffusionSeries:
         """Keep the images of b = 0 and those of some shells.
@@ -160,7 +166,7 @@ class DiffusionSeries:
         Raises:
             ValueError: a shell is missing, or six directions are not there.
         """
-        b0 = self.bvals <= _B0_LIMIT
+        b0 = self.unweighted
         if shells is None:
             kept = ~b0 & (self.bvals <= 1500)
         else:
@@ -273,11 +279,8 @@ def fit_tensors(series: DiffusionSeries, progress: bool = False) -> np.ndarray:
     from dipy.reconst.dti import design_matrix, wls_fit_tensor
     from tqdm import tqdm
 
-    directions = world_directions(series.bvecs, series.affine)
-    weighted = series.bvals > _B0_LIMIT
-    directions[~weighted] = 0
-    directions[weighted] /= np.linalg.norm(directions[weighted], axis=1, keepdims=True)
-    table = gradient_table(np.where(weighted, series.bvals, 0), bvecs=directions, b0_threshold=0)
+    bvals, directions = _weighting(series)
+    table = gradient_table(bvals, bvecs=directions, b0_threshold=0)
     signals = series.signals[series.mask].astype(np.float64)
     positive = signals[signals > 0]
     if positive.size == 0 or not np.isfinite(signals).all():
@@ -291,6 +294,31 @@ def fit_tensors(series: DiffusionSeries, progress: bool = False) -> np.ndarray:
     tensors = np.zeros((*series.mask.shape, 6), dtype=np.float32)
     tensors[series.mask] = fitted
     return tensors
+
+
+def predict_signals(tensors: np.ndarray, series: DiffusionSeries, unweighted: np.ndarray) -> np.ndarray:
+    r"""Return the images that tensors give under a series' b-values and directions, :math:`S_0 e^{-b g^\top D g}`.
+
+    Args:
+        tensors: ``(D, H, W, 6)`` in NIfTI's order and world axes, mm^2/s.
+        series: whose b-values, directions and axes are taken.
+        unweighted: :math:`S_0`, the image of b = 0, ``(D, H, W)``.
+
+    Returns:
+        ``(D, H, W, n)``, float32.
+    """
+    bvals, directions = _weighting(series)
+    products = directions[:, _ROWS] * directions[:, _COLUMNS] * np.where(_ROWS == _COLUMNS, 1, 2)
+    exponent = np.asarray(tensors, dtype=np.float32) @ (-bvals[:, None] * products).T.astype(np.float32)
+    return np.exp(exponent, out=exponent) * np.asarray(unweighted, dtype=np.float32)[..., None]
+
+
+def _weighting(series: DiffusionSeries) -> tuple[np.ndarray, np.ndarray]:
+    """Return b-values and unit directions in world axes, both 0 for the images of b = 0."""
+    directions = world_directions(series.bvecs, series.affine)
+    directions[series.unweighted] = 0
+    directions[~series.unweighted] /= np.linalg.norm(directions[~series.unweighted], axis=1, keepdims=True)
+    return np.where(series.unweighted, 0, series.bvals), directions
 
 
 def _eigenvalues(tensors: np.ndarray) -> np.ndarray:

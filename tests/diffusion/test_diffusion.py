@@ -111,6 +111,16 @@ def test_interpolated_signals_lie_on_the_fine_grid(tmp_path):
     assert 1 <= jumps.min() and jumps.max() <= 1000
 
 
+def test_interpolated_signals_are_fitted_in_the_whole_fine_brain(tmp_path):
+    """Also where less than half of a coarse voxel is brain: an error of the whole tensor would stand there."""
+    write_series(tmp_path / "sub", (13, 13, 13), margin=1)
+    case = prepare(find_series(tmp_path / "sub"), tmp_path / "cache", None, 2, False, interpolated=True)[0]
+    low, high, interpolated = (nib.load(case[f"mask_{at}"]).get_fdata() > 0 for at in ("low", "high", "interpolated"))
+    assert (high & ~low.repeat(2, 0).repeat(2, 1).repeat(2, 2)).any()
+    np.testing.assert_array_equal(interpolated, high)
+    assert read_tensors(case["tensor_interpolated"])[0][high].any(-1).all()
+
+
 def test_maps():
     tensors = as_channels(np.diag([1.7e-3, 0.3e-3, 0.2e-3]))[None]
     values = np.array([1.7, 0.3, 0.2])

@@ -1,0 +1,82 @@
+"""Deformed copies of a diffusion series."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusion_cases import GRIDS, field, positions, write_series
+from scipy import ndimage
+
+from memnet.cli import main
+from memnet.datasets.diffusion import read_series
+from memnet.datasets.diffusion_copies import deform
+from memnet.diffusion.tensors import as_matrices, fit_tensors, predict_signals
+
+grids = pytest.mark.parametrize("affine", GRIDS.values(), ids=GRIDS)
+
+
+@grids
+def test_tensors_predict_the_signals_that_they_were_fitted_to(affine: np.ndarray, tmp_path: Path) -> None:
+    series = read_series(write_series(tmp_path, affine=affine))
+    predicted = predict_signals(fit_tensors(series), series, series.signals[..., 0])
+    np.testing.assert_allclose(predicted[series.mask], series.signals[series.mask], rtol=1e-4)
+
+
+@grids
+def test_what_is_turned_turns_with_its_tensors(affine: np.ndarray, tmp_path: Path) -> None:
+    """A rotation alone: the copy's tensors are those that a rotation of the analytic field has."""
+    series = read_series(write_series(tmp_path, (14, 14, 14), affine=affine, margin=0))
+    copy = deform(series, seed=3, rotation=20.0, displacement=0.0, noise=False)
+    world = positions(series.mask.shape, affine)
+    centre = world[series.mask].mean(0)
+    turn, error = _turn_between(series, copy, world - centre)
+    assert error < 1e-5 and 5 < np.degrees(np.arccos((np.trace(turn) - 1) / 2)) < 40
+    found = as_matrices(fit_tensors(copy))
+    expected = turn.T @ field(centre + (world - centre) @ turn.T) @ turn
+    inner = ndimage.binary_erosion(copy.mask, iterations=3)
+    assert inner.sum() > 100
+    assert np.abs(found - expected)[inner].max() < 2e-5  # mm^2/s, of an anisotropy of 1.2e-3: linear interpolation
+    assert np.abs(field(world) - expected)[inner].max() > 2e-4
+
+
+def _turn_between(series, copy, centred):  # type: ignore[no-untyped-def]
+    """Find the rotation by fitting where the copy's voxels come from, shown by positions in place of b = 0."""
+    ramps = [deform(_showing(series, centred[..., i]), 3, 20.0, 0.0, noise=False).signals[..., 0] for i in range(3)]
+    shown = np.stack(ramps, -1) - _OFFSET
+    inner = ndimage.binary_erosion(copy.mask, iterations=3)
+    solution, *_ = np.linalg.lstsq(centred[inner], shown[inner], rcond=None)
+    return solution.T, float(np.abs(solution.T @ solution - np.eye(3)).max())
+
+
+_OFFSET = 1000.0
+
+
+def _showing(series, values):  # type: ignore[no-untyped-def]
+    scale = (values + _OFFSET)[..., None] / series.signals[..., :1]
+    return replace(series, signals=(series.signals * scale).astype(np.float64))
+
+
+def test_warp_moves_noise_stays_and_seeds_differ(tmp_path: Path) -> None:
+    series = read_series(write_series(tmp_path, (14, 14, 14), noise=20.0))
+    first, again, other = (deform(series, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.signals, again.signals)
+    both = first.mask & other.mask
+    assert np.abs(first.signals - other.signals)[both].mean() > 20
+    assert (first.signals >= 0).all() and not first.signals[~first.mask].any()
+    residuals = []
+    for one in (series, first):
+        predicted = predict_signals(fit_tensors(one), one, one.signals[..., 0])
+        residuals.append((one.signals - predicted)[one.mask][:, 1:].std())
+    assert residuals[1] == pytest.approx(residuals[0], rel=0.35)
+
+
+def test_command_writes_series_that_can_be_read(tmp_path: Path) -> None:
+    data = write_series(tmp_path / "one", (12, 12, 12))
+    out = tmp_path / "copies"
+    assert main(["diffusion-copies", str(data), "--output_dir", str(out), "--copies", "2", "--seed", "5"]) == 0
+    series = read_series(out / "copy001.nii.gz")
+    expected = deform(read_series(data).select(), 6)
+    np.testing.assert_allclose(series.signals, expected.signals, rtol=1e-6)
+    np.testing.assert_array_equal(series.mask, expected.mask)
+    np.testing.assert_allclose(series.bvecs, expected.bvecs, atol=1e-6)
