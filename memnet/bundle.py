@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import difflib
+import errno
 import inspect
 import json
 import logging
@@ -21,12 +22,16 @@ from monai.bundle.config_item import ConfigComponent
 from torch import distributed
 
 from memnet.workflow.allocation import keep_freed_memory
+from memnet.workflow.out_of_memory import is_out_of_memory, what_fits
 
 __all__ = ["bundle_root", "check_overrides", "end", "input_error", "one_line_errors", "start"]
 
 # ids that MONAI itself adds to a config
 _OF_MONAI = {"_meta_", "tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "tracking"}
 _PACKAGE = str(Path(__file__).parent)
+# what a system says of its disks and folders, of which no program is to blame
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OF_THE_MACHINE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def start() -> str:
@@ -122,9 +127,16 @@ def input_error(error: BaseException | None) -> ValueError | None:
         error: what was caught.
 
     Returns:
-        The ``ValueError`` that this package raised, or ``None`` if there is none, that is for a programming error.
+        The ``ValueError`` that this package raised; one that says so where the machine ran out of memory or disk, or a folder
+        is read-only; or ``None`` if there is none, that is for a programming error.
     """
     while error is not None:
+        if is_out_of_memory(error):
+            return ValueError(f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            place = f"{error.filename}: " if error.filename else ""
+            advice = "" if error.errno in _FULL else "; give --output_dir a folder that can be written to"
+            return ValueError(f"{place}cannot be written ({error.strerror}){advice}")
         if isinstance(error, ValueError) and error.__traceback__ is not None:
             raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
             if raised_in.startswith(_PACKAGE):
@@ -164,7 +176,20 @@ def _print_input_error(kind: type[BaseException], error: BaseException, where: T
     if found is None:
         sys.__excepthook__(kind, error, where)
     else:
-        print(f"error: {' '.join(str(found).split())}", file=sys.stderr)
+        advice = _what_fits(error, where)
+        print(f"error: {' '.join(f'{found}{advice}'.split())}", file=sys.stderr)
+
+
+def _what_fits(error: BaseException | None, where: TracebackType | None) -> str:
+    """Return what would fit, if memory is what is missing in a workflow's run."""
+    while error is not None and not is_out_of_memory(error):
+        error = error.__cause__ or error.__context__
+    while error is not None and where is not None:
+        caller = where.tb_frame.f_locals.get("self")
+        if isinstance(caller, ConfigWorkflow):
+            return f"; {what_fits(caller.parser.get())}"
+        where = where.tb_next
+    return ""
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -51,12 +51,17 @@ class Plan(NamedTuple):
         """Bytes in all."""
         return self.peak + self.state
 
+    def overrides(self, network_id: str = "network_def") -> str:
+        """Return the overrides that make a config's training this step, to paste."""
+        memory = "" if self.memory is None else f" --{network_id}#memory {self.memory}"
+        return f'--patch_size "{list(self.patch)}"{memory} --amp {json.dumps(self.precision == "bfloat16")}'
+
 
 class TrainingStep:
     """The training step that a MONAI config describes, to be planned for.
 
     Args:
-        config_file: the config; several files are merged as MONAI merges them.
+        config: its file, several that are merged as MONAI merges them, or the content of one.
         overrides: values by id, such as ``{"network_def#channels": 16}``.
         network_id: the config's id of the network, any ``torch.nn.Module``.
         loss_id: its id of the loss; where it has none, the sum of the outputs is differentiated.
@@ -67,21 +72,27 @@ class TrainingStep:
 
     def __init__(
         self,
-        config_file: str | Path | Sequence[str],
+        config: str | Path | Sequence[str] | Mapping[str, Any],
         overrides: dict[str, Any] | None = None,
         network_id: str = "network_def",
         loss_id: str = "loss",
     ) -> None:
-        files = [config_file] if isinstance(config_file, str | Path) else list(config_file)
-        for file in files:
-            if not Path(file).is_file():
-                raise ValueError(f"{file}: no such config")
-        self._content = ConfigParser.load_config_files([str(file) for file in files])
+        files: list[str | Path] = []
+        if isinstance(config, Mapping):
+            self._content = dict(config)
+        else:
+            files = [config] if isinstance(config, str | Path) else list(config)
+            for file in files:
+                if not Path(file).is_file():
+                    raise ValueError(f"{file}: no such config")
+            self._content = ConfigParser.load_config_files([str(file) for file in files])
         self._overrides = overrides or {}
         self._network_id, self._loss_id = network_id, loss_id
         parser = self._parser(None)
         if network_id not in parser:
-            raise ValueError(f"{', '.join(map(str, files))}: has no {network_id}; name the network's id (--network_id)")
+            raise ValueError(
+                f"{', '.join(map(str, files)) or 'the config'}: has no {network_id}; name the network's id (--network_id)"
+            )
         network = self._build_without_data(None)
         self.strategies: list[str | None] = [None]
         if any(isinstance(module, Chain) for module in network.modules()):
@@ -251,7 +262,7 @@ def _run(arguments: argparse.Namespace) -> None:
     print("A GPU's convolutions and its context come on top.")
     if budget is not None:
         print()
-        print(f"Fits in {a.budget}: {_line(best, a.network_id)}" if best else f"Nothing fits in {a.budget}.")
+        print(f"Fits in {a.budget}: {best.overrides(a.network_id)}" if best else f"Nothing fits in {a.budget}.")
 
 
 def _row(plan: Plan, stored: dict[Any, float], budget: int | None) -> str:
@@ -267,12 +278,6 @@ def _row(plan: Plan, stored: dict[Any, float], budget: int | None) -> str:
         f"| {plan.memory or '-'} | {plan.precision} | {size} | {plan.batch} | {plan.peak / 2**20:.0f} "
         f"| {plan.total / 2**20:.0f}{fits} | {operations} |"
     )
-
-
-def _line(plan: Plan, network_id: str) -> str:
-    """Return the overrides to paste."""
-    memory = "" if plan.memory is None else f" --{network_id}#memory {plan.memory}"
-    return f'--patch_size "{list(plan.patch)}"{memory} --amp {json.dumps(plan.precision == "bfloat16")}'
 
 
 def _override(text: str) -> tuple[str, Any]:

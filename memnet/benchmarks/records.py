@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from memnet.whole_files import whole_file
 
 __all__ = ["Record", "read_record", "record_file", "write_whole"]
 
@@ -35,6 +36,5 @@ def read_record(file: str | Path) -> Record | None:
 def write_whole(file: Path, content: str) -> None:
     """Write a text file in one piece, so that an interruption leaves none half-written."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(file)
+    with whole_file(file) as partial:
+        partial.write_text(content, encoding="utf-8")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,6 +12,8 @@ from xml.sax.saxutils import escape
 
 import h5py
 import numpy as np
+
+from memnet.whole_files import whole_file
 
 __all__ = ["RawData", "read_ismrmrd", "write_ismrmrd"]
 
@@ -188,14 +190,13 @@ def write_ismrmrd(
         f"{limit('kspace_encoding_step_1', matrix[1])}{limit('kspace_encoding_step_2', matrix[2])}"
         f"{limit('phase', n_frames)}</encodingLimits><trajectory>cartesian</trajectory></encoding></ismrmrdHeader>"
     )
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        with h5py.File(partial, "w") as file:
-            file.create_dataset("dataset/xml", data=[xml.encode()], dtype=h5py.string_dtype())
-            file["dataset"].create_dataset("data", data=rows, maxshape=(None,), chunks=True)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # in memory first: HDF5 that finds the disk full leaves objects behind that cannot be closed
+    content = BytesIO()
+    with h5py.File(content, "w") as file:
+        file.create_dataset("dataset/xml", data=[xml.encode()], dtype=h5py.string_dtype())
+        file["dataset"].create_dataset("data", data=rows, maxshape=(None,), chunks=True)
+    with whole_file(path) as partial:
+        partial.write_bytes(content.getbuffer())
 
 
 def _read_hdf5(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:

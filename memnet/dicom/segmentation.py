@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from copy import deepcopy
 from importlib.metadata import version
 from io import BytesIO
@@ -13,6 +12,7 @@ from pydicom.dataset import Dataset
 
 from memnet.dicom.reading import guarded
 from memnet.dicom.stack import Stack
+from memnet.whole_files import whole_file
 from memnet.workflow.legends import Legend
 
 __all__ = ["save_segmentation"]
@@ -114,7 +114,8 @@ def save_segmentation(labels: np.ndarray, stack: Stack, legend: Legend, target: 
         _belong(segmentation, headers[0])
         encoded = BytesIO()
         segmentation.save_as(encoded)
-    _write(encoded.getbuffer(), Path(target))
+    with whole_file(target) as partial:
+        partial.write_bytes(encoded.getbuffer())
 
 
 def _without_patient(header: Dataset) -> Dataset:
@@ -133,12 +134,3 @@ def _belong(segmentation: Dataset, header: Dataset) -> None:
     groups = [element for group in (0x0010, 0x0012) for element in header.group_dataset(group)]
     for element in [*groups, *(header[keyword] for keyword in _STUDY if keyword in header)]:
         segmentation[element.tag] = deepcopy(element)
-
-
-def _write(content: memoryview, target: Path) -> None:
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

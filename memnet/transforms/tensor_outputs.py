@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from memnet.diffusion.tensors import (
     rotation_of,
 )
 from memnet.transforms.tensors import UNIT, interpolate
+from memnet.whole_files import whole_file
 
 __all__ = ["SaveTensorsd", "draw_tensors"]
 
@@ -176,10 +176,5 @@ def draw_tensors(target: str | Path, methods: Mapping[str, np.ndarray], title: s
                 axes.text(-0.04, 0.5, kind, color="#b8c0cc", rotation=90, va="center", ha="right", fontsize=12)
     figure.suptitle(title, color="#b8c0cc", fontsize=10)
     figure.subplots_adjust(left=0.04, right=0.99, top=0.93, bottom=0.01, wspace=0.03, hspace=0.03)
-    target = Path(target)
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-    try:
+    with whole_file(target) as partial:
         figure.savefig(partial, dpi=100, facecolor=_BACKGROUND, format="png")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

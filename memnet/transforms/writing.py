@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from monai.data import NibabelWriter
 from monai.transforms import MapTransform
 
 from memnet.dicom import holds_dicom, read_stack, save_segmentation
+from memnet.whole_files import NotWrittenError, whole_file
 from memnet.workflow.legends import LEGENDS
 
 __all__ = ["AtomicNibabelWriter", "SaveSegmentationd", "output_name"]
@@ -32,14 +32,12 @@ class AtomicNibabelWriter(NibabelWriter):
             filename: the target, ending in ``.nii.gz`` or ``.nii``; its folder must exist.
             verbose: log the file's name.
             kwargs: MONAI's further arguments.
+
+        Raises:
+            NotWrittenError: the disk is full, or the folder is read-only.
         """
-        target = Path(filename)
-        partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-        try:
+        with whole_file(Path(filename)) as partial:
             super().write(partial, verbose=verbose, **kwargs)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def set_metadata(self, meta_dict: Mapping[str, Any] | None, resample: bool = False, **options: Any) -> None:
         """Take the affine as it is; MONAI's writer resamples even where it is told not to, and fails on permuted axes."""
@@ -86,6 +84,8 @@ class SaveSegmentationd(MapTransform):
             target = Path(str(saved).removesuffix(".gz").removesuffix(".nii") + ".dcm")
             try:
                 save_segmentation(d[key][0].cpu().numpy().astype(np.uint8), read_stack(scan), self.legend, target)
+            except NotWrittenError:
+                raise
             except (ImportError, ValueError) as error:
                 reason = (
                     'highdicom is missing: pip install "memnet[dicom]"' if isinstance(error, ImportError) else error

@@ -15,9 +15,13 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from torch import nn
 
+from memnet.whole_files import remove_partial_files, whole_file
+
 __all__ = ["TrainingCheckpoint", "WeightsLoader", "load_weights"]
 
 logger = logging.getLogger("memnet")
+
+_claimed: dict[Path, int] = {}
 
 
 def load_weights(network: nn.Module, path: str | Path, key: str = "model", may_miss: Sequence[str] = ()) -> None:
@@ -87,8 +91,9 @@ class TrainingCheckpoint:
     """Handler that saves the last and the best state of a training, seeds each epoch, and resumes to the same result.
 
     Every epoch begins with seeds that depend on ``seed`` and the epoch's number alone, so that a training resumed after
-    epoch k draws what an uninterrupted one would have drawn. Files are written beside their target and renamed. MONAI's
-    ``CheckpointSaver`` does neither, and forgets the best metric on resuming.
+    epoch k draws what an uninterrupted one would have drawn. Files are whole or absent, see
+    :func:`memnet.whole_files.whole_file`, and one training at a time has the folder. MONAI's ``CheckpointSaver`` does none
+    of this, and forgets the best metric on resuming.
 
     ``model_last.pt`` holds the network, optimizer, scheduler, counters and best metric; ``model_best.pt`` the network's
     ``state_dict`` alone, as bundles ship it.
@@ -104,7 +109,7 @@ class TrainingCheckpoint:
         seed: seed of the training.
 
     Raises:
-        ValueError: on attaching with ``resume``, if there is nothing to resume.
+        ValueError: with ``resume``, if there is nothing to resume; on starting, if another process trains in the folder.
     """
 
     def __init__(
@@ -134,12 +139,17 @@ class TrainingCheckpoint:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.EPOCH_STARTED, self._seed_epoch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+        engine.add_event_handler(Events.COMPLETED, lambda: _release(self.last.parent))
 
     def _start(self, engine: Engine) -> None:
+        if _rank() == 0:
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+            _claim(self.last.parent)
+            for file in (self.last, self.best):
+                remove_partial_files(file)
         if self.resume:
             self._restore(engine)
         elif _rank() == 0:
-            self.last.parent.mkdir(parents=True, exist_ok=True)
             for file in (self.last, self.best):
                 if file.exists():
                     file.replace(file.with_suffix(".previous.pt"))
@@ -183,17 +193,53 @@ class TrainingCheckpoint:
             "best_metric_epoch": None if evaluated is None else int(evaluated.best_metric_epoch),
         }
         if evaluated is not None and evaluated.best_metric_epoch == engine.state.epoch:
-            _save_whole(self.network.state_dict(), self.best)
-        _save_whole(state, self.last)
+            _save(self.network.state_dict(), self.best)
+        _save(state, self.last)
 
 
-def _save_whole(content: Any, path: Path) -> None:
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+def _save(content: Any, target: Path) -> None:
+    # into Python's file, since torch's own forgets why it failed
+    with whole_file(target) as partial, partial.open("wb") as file:
+        torch.save(content, file)
+
+
+def _claim(folder: Path) -> None:
+    """Keep other processes from training into a folder, until it is released or this process is gone.
+
+    Raises:
+        ValueError: another process does.
+    """
     try:
-        torch.save(content, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        import fcntl
+    except ImportError:  # Windows
+        return
+    _release(folder)  # what a training of this process that failed has left
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{folder}: another training is writing here; give another --output_dir") from None
+    except OSError:  # a network drive without locks
+        os.close(handle)
+        return
+    _claimed[folder.resolve()] = handle
+
+
+def _release(folder: Path) -> None:
+    handle = _claimed.pop(folder.resolve(), None)
+    if handle is not None:
+        os.close(handle)
+
+
+def _forget_claims() -> None:
+    for folder in list(_claimed):
+        _release(folder)
+
+
+# processes that load data outlive one that is killed by some seconds, and would hold its lock
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_claims)
 
 
 def _rank() -> int:

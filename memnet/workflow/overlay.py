@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from memnet.dicom import split_uid
 from memnet.transforms.modalities import read_volume
+from memnet.whole_files import whole_file
 from memnet.workflow.legends import Legend
 from memnet.workflow.metrics import label_volumes
 
@@ -102,13 +102,8 @@ def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path, legen
     )
     figure.suptitle(split_uid(scan)[0].name, color="#b8c0cc", fontsize=11, x=0.012, y=0.985, ha="left")
 
-    target = Path(target)
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-    try:
+    with whole_file(target) as partial:
         figure.savefig(partial, dpi=110, facecolor=_BACKGROUND, format="png")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _profiles(mask: np.ndarray) -> list[np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 
+from memnet.whole_files import whole_file
 from memnet.workflow.legends import LEGENDS
 from memnet.workflow.metrics import label_volumes
 from memnet.workflow.overlay import draw_overlay
@@ -69,12 +69,10 @@ class LabelReport:
         if not self.rows:
             return
         target = self.output_dir / f"{self.legend.name}_volumes.csv"
-        partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with whole_file(target) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
-        partial.replace(target)
         logger.info("volumes of all scans: %s", target)
 
 

@@ -1,0 +1,80 @@
+"""Says what would fit where a device ran out of memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from memnet.accounting.planner import Plan, TrainingStep, largest_patch
+
+__all__ = ["is_out_of_memory", "what_fits"]
+
+# of the device's memory; the rest is for its context, the libraries' workspaces and gaps
+_SHARE = 0.85
+# the numbers of a config that its memory grows with, and how a person makes each smaller
+_SIZES = ("roi_size", "slab_size", "patch_size", "batch_size", "sw_batch_size", "patches_per_volume")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error is a device's or the machine's memory running out."""
+    of_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return of_host or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def what_fits(config: Mapping[str, Any], budget: int | None = None) -> str:
+    """Name the memory strategy, or else the patch, with which a training would fit, by a dry run of its step.
+
+    Args:
+        config: the run's config, overrides applied.
+        budget: bytes of the device; those that it has by default.
+
+    Returns:
+        A sentence. Where the config is not of a training, or a dry run cannot tell, it names what to make smaller.
+    """
+    is_training = "training" in config and "evaluating" not in config
+    if is_training:
+        budget = _bytes_of(config.get("device")) if budget is None else budget
+        try:
+            return _of_training(
+                TrainingStep(config), int(_SHARE * budget), "bfloat16" if config.get("amp") else "float32"
+            )
+        except Exception:  # whatever a dry run stumbles on, the person is told the rest
+            pass
+    sizes = [f"--{name} (now {config[name]})" for name in _SIZES if config.get(name)]
+    told = f"make {' or '.join(sizes) or 'the input'} smaller"
+    if is_training and config.get("memory"):
+        told += (
+            f", give another --memory (now {config['memory']}; store keeps most, then checkpoint, recursive, invert)"
+        )
+    return told if config.get("device") == "cpu" else f"{told}, or give --device cpu"
+
+
+def _of_training(step: TrainingStep, budget: int, precision: str) -> str:
+    as_it_is = step.plan(None, precision)
+    told = f"by a dry run this step takes {_gib(as_it_is)}"
+    if as_it_is.total <= budget:
+        return f"{told}, which the device has; something else is using it"
+    plans = []
+    for memory in step.strategies:
+        plans.append(step.plan(memory, precision))
+        if memory is not None and plans[-1].total <= budget:
+            return f"{told}; it fits with {plans[-1].overrides()} ({_gib(plans[-1])})"
+    least = min(plans, key=lambda plan: plan.total)
+    largest = largest_patch(step, budget, least.memory, precision)
+    if largest is None:
+        return f"{told}, {_gib(least)} with {least.overrides()}; no patch fits this device"
+    return f"{told}; it fits with {largest.overrides()} ({_gib(largest)})"
+
+
+def _bytes_of(device: Any) -> int:
+    name = device if isinstance(device, str) and not device.startswith("$") else None
+    if torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda":
+        return torch.cuda.get_device_properties(name or "cuda").total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _gib(plan: Plan) -> str:
+    return f"{plan.total / 2**30:.3g} GiB"
