@@ -21,6 +21,7 @@ from monai.bundle import ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
 from torch import distributed
 
+from memnet.whole_files import NotWrittenError
 from memnet.workflow.allocation import keep_freed_memory
 from memnet.workflow.out_of_memory import is_out_of_memory, what_fits
 
@@ -32,6 +33,7 @@ _PACKAGE = str(Path(__file__).parent)
 # what a system says of its disks and folders, of which no program is to blame
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OF_THE_MACHINE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM}
+_NOT_WRITTEN = re.compile(rf"^{NotWrittenError.__module__}\.{NotWrittenError.__name__}: (.+)$", re.MULTILINE)
 
 
 def start() -> str:
@@ -133,6 +135,10 @@ def input_error(error: BaseException | None) -> ValueError | None:
     while error is not None:
         if is_out_of_memory(error):
             return ValueError(f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+        # of what its writers raise, MONAI's SaveImage hands on the text alone
+        told = _NOT_WRITTEN.search(str(error)) if isinstance(error, RuntimeError) else None
+        if told:
+            return ValueError(told[1])
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
             place = f"{error.filename}: " if error.filename else ""
             advice = "" if error.errno in _FULL else "; give --output_dir a folder that can be written to"
