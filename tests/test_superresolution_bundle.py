@@ -15,7 +15,7 @@ from diffusion_cases import GRIDS, Enlarge, field, positions, write_hcp, write_s
 
 from memnet import ESPCNRevNet
 from memnet.bundle import input_error
-from memnet.datasets.diffusion import read_tensors, write_tensors
+from memnet.datasets.diffusion_files import read_tensors, write_tensors
 from memnet.diffusion.tensors import as_channels, as_matrices, fine_affine
 
 pytestmark = WARNINGS

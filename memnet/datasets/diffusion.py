@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import random
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,193 +12,16 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from memnet.datasets.cases import Case, as_list, existing_folder
-from memnet.diffusion.tensors import (
-    TENSOR_ORDERS,
-    DiffusionSeries,
-    as_matrices,
-    fit_tensors,
-    rotate_tensors,
-    rotation_of,
-)
-from memnet.transforms.grids import same_grid
+from memnet.datasets.diffusion_files import count_negative, read_series, save_whole, stem_of, write_tensors
+from memnet.diffusion.tensors import fit_tensors
 from memnet.whole_files import whole_file
 
-__all__ = [
-    "find_inputs",
-    "find_series",
-    "find_tensor_cases",
-    "prepare",
-    "read_bvals",
-    "read_bvecs",
-    "read_series",
-    "read_tensors",
-    "repeat",
-    "save_whole",
-    "split_subjects",
-    "write_series",
-    "write_tensors",
-]
-
-logger = logging.getLogger("memnet")
+__all__ = ["find_inputs", "find_series", "find_tensor_cases", "prepare", "repeat", "split_subjects"]
 
 _HCP = Path("T1w", "Diffusion", "data.nii.gz")
 _VERSION = 2  # of what a prepared folder holds
-_DIFFUSIVITY_LIMIT = 0.02  # mm^2/s; free water at 37 degrees has 0.003
-
-
-def read_bvals(path: str | Path) -> np.ndarray:
-    """Read b-values ``(n,)``, s/mm^2.
-
-    Raises:
-        ValueError: the file is missing or holds no numbers.
-    """
-    return _numbers(path).reshape(-1)
-
-
-def read_bvecs(path: str | Path) -> np.ndarray:
-    """Read directions ``(n, 3)`` from three rows (FSL, BIDS) or three columns.
-
-    Raises:
-        ValueError: the file is missing, holds no numbers, or neither three rows nor three columns.
-    """
-    values = _numbers(path)
-    if 3 not in values.shape:
-        raise ValueError(f"{path}: has {values.shape[0]} rows of {values.shape[1]} numbers, expected three rows")
-    return values.T if values.shape[0] == 3 else values
-
-
-def read_series(data: str | Path, mask: str | Path | None = None) -> DiffusionSeries:
-    """Read a diffusion series with the ``bvals`` and ``bvecs`` beside it.
-
-    Args:
-        data: 4D NIfTI. FSL's and HCP's ``bvals`` and ``bvecs``, or files of its own name with the suffixes ``.bval`` and
-            ``.bvec`` (BIDS) or ``.bvals`` and ``.bvecs``, must lie beside it.
-        mask: the brain on the same grid; where None HCP's ``nodif_brain_mask.nii.gz`` or a BIDS ``_mask`` beside the
-            series is taken, else DIPY's median_otsu of the image of b = 0 decides.
-
-    Returns:
-        The series.
-
-    Raises:
-        ValueError: naming the file that is missing, is no series of images, or does not belong to the others.
-    """
-    data = Path(data)
-    image = _open(data)
-    if len(image.shape) != 4 or image.shape[3] < 2:
-        raise ValueError(f"{data}: has shape {image.shape}, expected a 4D series of diffusion-weighted images")
-    stem = data.name.removesuffix(".gz").removesuffix(".nii")
-    bvals = read_bvals(_beside(data, "b-values", f"{stem}.bval", f"{stem}.bvals", "bvals"))
-    bvecs = read_bvecs(_beside(data, "directions", f"{stem}.bvec", f"{stem}.bvecs", "bvecs"))
-    signals = _values(image, data)
-    if mask is None:
-        base = stem.removesuffix("_dwi")
-        names = [
-            "nodif_brain_mask.nii.gz",
-            f"{base}_desc-brain_mask.nii.gz",
-            f"{stem}_mask.nii.gz",
-            f"{base}_mask.nii.gz",
-        ]
-        mask = next((data.parent / name for name in names if (data.parent / name).is_file()), None)
-    if mask is not None:
-        image_mask = _open(Path(mask))
-        if len(image_mask.shape) != 3 or not same_grid(
-            (image_mask.shape, image_mask.affine), (image.shape[:3], image.affine)
-        ):
-            raise ValueError(
-                f"{mask}: the mask's grid ({image_mask.shape}) is not that of {data} ({image.shape[:3]}); "
-                "resample it to the series"
-            )
-        brain = _values(image_mask, Path(mask)) > 0
-    else:
-        brain = _find_brain(signals[..., bvals[: signals.shape[3]].argmin()])
-    return DiffusionSeries(signals, bvals, bvecs, np.asarray(image.affine, dtype=np.float64), brain, str(data))
-
-
-def read_tensors(
-    path: str | Path,
-    order: str = "nifti",
-    axes: Literal["world", "voxel", "fsl"] = "world",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read a tensor image.
-
-    Args:
-        path: NIfTI of six values a voxel, ``(D, H, W, 6)`` or, with NIfTI's own intent, ``(D, H, W, 1, 6)``, mm^2/s.
-        order: how the values are ordered, see :data:`memnet.diffusion.tensors.TENSOR_ORDERS`; NIfTI's intent decides where set.
-        axes: what x, y and z are: ``"world"`` (RAS+: this package, MRtrix), ``"voxel"`` (the grid's axes), or ``"fsl"`` (the
-            grid's axes, the first reversed where the affine's determinant is positive, as dtifit writes).
-
-    Returns:
-        ``(D, H, W, 6)`` float32 in NIfTI's order and world axes, mm^2/s, and the affine.
-
-    Raises:
-        ValueError: naming the file, if it is no such image or its values are no diffusivities in mm^2/s.
-    """
-    path = Path(path)
-    if order not in TENSOR_ORDERS:
-        raise ValueError(f"tensor_order is {order!r}, expected one of {', '.join(TENSOR_ORDERS)}")
-    if axes not in ("world", "voxel", "fsl"):
-        raise ValueError(f"tensor_axes is {axes!r}, expected world, voxel or fsl")
-    image = _open(path)
-    shape = image.shape
-    if len(shape) == 5 and shape[3] == 1:
-        shape = (*shape[:3], shape[4])
-    if len(shape) != 4 or shape[3] != 6:
-        raise ValueError(f"{path}: has shape {image.shape}, expected a tensor image of six values a voxel")
-    if image.header.get_intent()[0] == "symmetric matrix":
-        order = "nifti"
-    tensors = _values(image, path).reshape(shape)
-    tensors = tensors[..., [TENSOR_ORDERS[order].index(entry) for entry in TENSOR_ORDERS["nifti"]]]
-    if not tensors.any() or np.abs(np.percentile(tensors[tensors.any(-1)], 99)) > _DIFFUSIVITY_LIMIT:
-        raise ValueError(f"{path}: its values are no diffusivities in mm^2/s (brain has about 0.001)")
-    affine = np.asarray(image.affine, dtype=np.float64)
-    if axes != "world":
-        reverse = axes == "fsl" and np.linalg.det(affine[:3, :3]) > 0
-        tensors = rotate_tensors(tensors, rotation_of(affine) @ np.diag([-1.0 if reverse else 1.0, 1, 1]))
-    _count_negative(tensors, path)
-    return tensors, affine
-
-
-def write_tensors(path: str | Path, tensors: np.ndarray, affine: np.ndarray) -> None:
-    """Write a tensor image as NIfTI defines it: ``(D, H, W, 1, 6)``, intent 1005 (symmetric matrix), world axes.
-
-    Args:
-        path: the target; complete or absent.
-        tensors: ``(D, H, W, 6)`` in NIfTI's order, mm^2/s.
-        affine: voxels to world (mm, RAS+).
-    """
-    image = nib.Nifti1Image(tensors.astype(np.float32)[..., None, :], affine)
-    image.header.set_intent("symmetric matrix", (3,), name="tensor RAS mm2/s")
-    save_whole(image, path)
-
-
-def write_series(path: str | Path, series: DiffusionSeries) -> None:
-    """Write a diffusion series as :func:`read_series` reads it, the images last.
-
-    Args:
-        path: the images' ``.nii.gz``; ``.bval``, ``.bvec`` (FSL's) and ``_mask.nii.gz`` of the same name are put beside it.
-        series: what to write.
-    """
-    path = Path(path)
-    stem = _stem(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savetxt(path.with_name(f"{stem}.bval"), series.bvals[None], fmt="%g")
-    np.savetxt(path.with_name(f"{stem}.bvec"), series.bvecs.T, fmt="%.8f")
-    mask = nib.Nifti1Image(series.mask.astype(np.uint8), series.affine)
-    save_whole(mask, path.with_name(f"{stem}_mask.nii.gz"))
-    save_whole(nib.Nifti1Image(series.signals, series.affine), path)
-
-
-def save_whole(image: Any, path: str | Path) -> None:
-    """Write a NIfTI image with both of its affines set, complete or not at all."""
-    image.set_sform(image.affine, code=1)
-    image.set_qform(image.affine, code=1, strip_shears=True)
-    image.header.set_xyzt_units("mm")
-    with whole_file(path) as partial:
-        nib.save(image, partial)
 
 
 def find_series(dataset_dir: str | Path) -> list[Case]:
@@ -223,10 +44,10 @@ def find_series(dataset_dir: str | Path) -> list[Case]:
     found = [{"subject": file.parents[2].name, "data": str(file)} for file in sorted(folder.glob(f"*/{_HCP}"))]
     if not found:
         bids = sorted({*folder.glob("sub-*/dwi/*_dwi.nii*"), *folder.glob("sub-*/ses-*/dwi/*_dwi.nii*")})
-        found = [{"subject": file.name.split(".nii")[0].removesuffix("_dwi"), "data": str(file)} for file in bids]
+        found = [{"subject": stem_of(file).removesuffix("_dwi"), "data": str(file)} for file in bids]
     if not found:
         for file in sorted(folder.glob("*.nii*")):
-            stem = file.name.split(".nii")[0]
+            stem = stem_of(file)
             if any((folder / name).is_file() for name in (f"{stem}.bval", f"{stem}.bvals")) or (
                 stem == "data" and (folder / "bvals").is_file()
             ):
@@ -265,7 +86,7 @@ def prepare(
         ``tensor_interpolated`` and ``mask_interpolated`` where asked for.
 
     Raises:
-        ValueError: see :func:`read_series`.
+        ValueError: see :func:`memnet.datasets.diffusion_files.read_series`.
     """
     from tqdm import tqdm
 
@@ -287,7 +108,7 @@ def prepare(
             record.unlink(missing_ok=True)
             for key, at in made.items():
                 tensors = fit_tensors(at, progress)
-                _count_negative(tensors, f"{one['data']} ({key} resolution)")
+                count_negative(tensors, f"{one['data']} ({key} resolution)")
                 folder.mkdir(parents=True, exist_ok=True)
                 write_tensors(files[f"tensor_{key}"], tensors, at.affine)
                 save_whole(nib.Nifti1Image(at.mask.astype(np.uint8), at.affine), files[f"mask_{key}"])
@@ -422,11 +243,9 @@ def find_inputs(
         return []
     alone = {key: str(value) for key, value in {"mask": mask, "reference": reference}.items() if value}
     if image:
-        cases: list[Case] = [
-            {"image": str(path), "output_name": Path(path).name.split(".nii")[0]} for path in as_list(image)
-        ]
+        cases: list[Case] = [{"image": str(path), "output_name": stem_of(path)} for path in as_list(image)]
     else:
-        series = find_series(str(dataset_dir)) if dataset_dir else [{"data": str(dwi), "subject": _stem(dwi)}]
+        series = find_series(str(dataset_dir)) if dataset_dir else [{"data": str(dwi), "subject": stem_of(str(dwi))}]
         if dwi and mask:
             series[0]["mask"] = alone.pop("mask")
         prepared = prepare(series, cache_dir, shells, None)
@@ -447,10 +266,6 @@ def find_inputs(
     return cases
 
 
-def _stem(path: str | Path | None) -> str:
-    return Path(str(path)).name.split(".nii")[0]
-
-
 def _origin(one: Case, shells: Sequence[float] | None, rate: int | None) -> dict[str, Any]:
     data = Path(one["data"])
     neighbours = sorted(file for file in data.parent.iterdir() if file.is_file() and file.stat().st_size < 2**20)
@@ -465,58 +280,3 @@ def _origin(one: Case, shells: Sequence[float] | None, rate: int | None) -> dict
         "shells": None if shells is None else list(shells),
         "rate": rate,
     }
-
-
-def _count_negative(tensors: np.ndarray, name: str | Path) -> None:
-    inside = tensors.any(-1)
-    n_negative = int((np.linalg.eigvalsh(as_matrices(tensors[inside]))[..., 0] < 0).sum())
-    if n_negative:
-        logger.warning(
-            "%s: %d of %d tensors have a negative eigenvalue; they stay as they are, maps count it as 0",
-            name,
-            n_negative,
-            int(inside.sum()),
-        )
-
-
-def _find_brain(b0: np.ndarray) -> np.ndarray:
-    from dipy.segment.mask import median_otsu
-
-    # A background of 0 does not tell a stripped series: many scanners set air to 0 and leave the skull.
-    return median_otsu(b0, median_radius=2, numpass=1)[1] & (b0 > 0)
-
-
-def _beside(data: Path, what: str, *names: str) -> Path:
-    for name in names:
-        if (data.parent / name).is_file():
-            return data.parent / name
-    raise ValueError(f"{data}: its {what} are missing; looked beside it for {', '.join(names)}")
-
-
-def _numbers(path: str | Path) -> np.ndarray:
-    try:
-        values = np.loadtxt(path, dtype=np.float64, ndmin=2)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as numbers ({error})") from error
-    if values.size == 0:
-        raise ValueError(f"{path}: holds no numbers")
-    return values
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        return nib.load(path)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{path}: not a NIfTI image, or damaged ({error})") from error
-
-
-def _values(image: Any, path: Path) -> np.ndarray:
-    try:
-        values = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read, cut short or damaged ({error})") from error
-    if not np.isfinite(values).all():
-        raise ValueError(f"{path}: {int((~np.isfinite(values)).sum())} values are NaN or infinite; replace them first")
-    return values

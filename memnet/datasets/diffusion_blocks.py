@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from memnet.datasets.diffusion import read_series, write_series
+from memnet.datasets.diffusion_files import read_series, write_series
 
 __all__ = ["add_parser", "cut_blocks"]
 
@@ -27,7 +27,7 @@ def cut_blocks(
     """Write training, validation and test blocks of one series, for want of several subjects.
 
     Args:
-        data: see :func:`memnet.datasets.diffusion.read_series`.
+        data: see :func:`memnet.datasets.diffusion_files.read_series`.
         output_dir: gets ``training``, ``validation`` and ``test``, each with one series, its bvals, bvecs and mask.
         shares: of the length along the axis, in this order.
         gap: voxels left out between two blocks.

@@ -12,7 +12,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from memnet.datasets.diffusion import read_series, write_series
+from memnet.datasets.diffusion_files import read_series, write_series
 from memnet.diffusion.tensors import (
     DiffusionSeries,
     as_channels,

@@ -14,7 +14,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from memnet.datasets.diffusion import save_whole, write_tensors
+from memnet.datasets.diffusion_files import save_whole, write_tensors
 from memnet.diffusion.tensors import (
     colour_fractional_anisotropy,
     fine_affine,
@@ -38,7 +38,7 @@ _RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 class SaveTensorsd(MapTransform):
     """Write refined tensors, in world axes and mm^2/s, with maps of mean diffusivity (MD) and fractional anisotropy (FA).
 
-    ``<name>_tensor.nii.gz`` is as :func:`memnet.datasets.diffusion.write_tensors` has it, ``<name>_md.nii.gz`` in mm^2/s,
+    ``<name>_tensor.nii.gz`` is as :func:`memnet.datasets.diffusion_files.write_tensors` has it, ``<name>_md.nii.gz`` in mm^2/s,
     ``<name>_fa.nii.gz``, and ``<name>_colour_fa.nii.gz`` in RGB, red along the world's first axis. All lie on the grid as many
     times as fine as the input's, in the input's orientation, and are 0 outside the input's brain.
 

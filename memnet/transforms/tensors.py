@@ -17,7 +17,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy import ndimage
 from torch.nn import functional
 
-from memnet.datasets.diffusion import read_tensors
+from memnet.datasets.diffusion_files import read_tensors
 from memnet.diffusion.tensors import SYMMETRIC, complete_edge, rotate_tensors, rotation_of
 from memnet.transforms.grids import grid_of, same_grid
 from memnet.transforms.modalities import read_volume
@@ -42,7 +42,7 @@ class LoadTensorsd(MapTransform):
     """Load a tensor image, turned to RAS, its tensors in the axes of the turned grid and in um^2/ms.
 
     Args:
-        keys: entries that name a tensor image, see :func:`memnet.datasets.diffusion.read_tensors`.
+        keys: entries that name a tensor image, see :func:`memnet.datasets.diffusion_files.read_tensors`.
         masks: for each of them the entry that names the brain mask on the same grid; voxels whose tensor is not zero are brain
             where the data has no such entry.
         order: how the file's values are ordered.

@@ -12,16 +12,9 @@ import pytest
 from diffusion_cases import GRIDS, field, fsl_bvecs, positions, write_hcp, write_series
 
 from memnet.datasets import diffusion
-from memnet.datasets.diffusion import (
-    find_series,
-    find_tensor_cases,
-    prepare,
-    read_series,
-    read_tensors,
-    split_subjects,
-    write_tensors,
-)
+from memnet.datasets.diffusion import find_series, find_tensor_cases, prepare, split_subjects
 from memnet.datasets.diffusion_blocks import cut_blocks
+from memnet.datasets.diffusion_files import read_series, read_tensors, write_tensors
 from memnet.diffusion.tensors import (
     as_channels,
     as_matrices,

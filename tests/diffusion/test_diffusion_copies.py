@@ -9,8 +9,8 @@ from diffusion_cases import GRIDS, field, positions, write_series
 from scipy import ndimage
 
 from memnet.cli import main
-from memnet.datasets.diffusion import read_series
 from memnet.datasets.diffusion_copies import deform
+from memnet.datasets.diffusion_files import read_series
 from memnet.diffusion.tensors import as_matrices, fit_tensors, predict_signals
 
 grids = pytest.mark.parametrize("affine", GRIDS.values(), ids=GRIDS)

@@ -9,7 +9,7 @@ import torch
 from diffusion_cases import GRIDS, Enlarge, field, positions
 from monai.data import MetaTensor
 
-from memnet.datasets.diffusion import write_tensors
+from memnet.datasets.diffusion_files import write_tensors
 from memnet.diffusion.superresolution import TensorLoss, ValidPatchInferer, errors_in
 from memnet.diffusion.tensors import as_channels, as_matrices, block_mean, coarse_affine, complete_edge, fine_affine
 from memnet.transforms.tensors import (
