@@ -310,3 +310,14 @@ def test_flags_put_modalities_together(tmp_path: Path) -> None:
     assert names(list_scans({**dict.fromkeys(FOUR), "T1c": a, "FLAIR": b})) == [[None, "a.nii", None, "b.nii"]]
     with pytest.raises(ValueError, match="t1c names 1 files and flair names 2"):
         list_scans({**dict.fromkeys(FOUR), "T1c": a, "FLAIR": [b, c]})
+
+
+def test_datalist_of_files_that_hold_all_modalities_is_refused(tmp_path: Path) -> None:
+    declared = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"modality": declared, "training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}))
+    with pytest.raises(ValueError, match="a.nii.gz:0 is FLAIR, a.nii.gz:1 is T1w"):
+        read_datalist(path)
+    volumes = ["a.nii.gz:1", "a.nii.gz:2", "a.nii.gz:3", "a.nii.gz:0"]
+    path.write_text(json.dumps({"modality": declared, "training": [{"image": volumes, "label": "b.nii.gz"}]}))
+    assert read_datalist(path)["training"][0]["image"] == [str(tmp_path / volume) for volume in volumes]

@@ -23,7 +23,8 @@ def read_datalist(path: str | Path) -> dict[str, list[Case]]:
         The sections, with absolute paths.
 
     Raises:
-        ValueError: if the file is missing, is no JSON, or an entry has no image.
+        ValueError: if the file is missing, is no JSON, an entry has no image, or one file holds all modalities, in an order
+            that is the datalist's own.
     """
     path = Path(path)
     if not path.is_file():
@@ -40,6 +41,8 @@ def read_datalist(path: str | Path) -> dict[str, list[Case]]:
             return [absolute(n) for n in name]
         return name if name is None else str((path.parent / name).absolute())
 
+    declared = content.get("modality")
+    in_one_file = list(declared.values()) if isinstance(declared, dict) and len(declared) > 1 else []
     sections: dict[str, list[Case]] = {}
     for section in ("training", "validation", "test"):
         sections[section] = []
@@ -47,5 +50,10 @@ def read_datalist(path: str | Path) -> dict[str, list[Case]]:
             case = {"image": entry} if isinstance(entry, (str, list)) else entry
             if not isinstance(case, dict) or not case.get("image"):
                 raise ValueError(f"{path}: the entry {entry!r} of section {section!r} names no image")
+            if in_one_file and isinstance(case["image"], str):
+                volumes = ", ".join(f"{case['image']}:{k} is {name}" for k, name in enumerate(in_one_file))
+                raise ValueError(
+                    f"{path}: one file holds all modalities; list its volumes as the network wants them ({volumes})"
+                )
             sections[section].append({k: absolute(v) for k, v in case.items() if k in ("image", "label")})
     return sections

@@ -38,24 +38,24 @@ class _Instance:
 
 
 def split_uid(path: str | Path) -> tuple[Path, str | None]:
-    """Split the name of an input into the file or folder and the UID of the series that is meant there.
+    """Split the name of an input into the file or folder and what of it is meant.
 
     Args:
-        path: a file, a folder, or ``folder:UID``.
+        path: a file, a folder, ``folder:UID`` for one of several series, or ``file:3`` for a volume of a 4D NIfTI.
 
     Returns:
-        The file or folder, and the UID or ``None``.
+        The file or folder, and the UID, the volume's number from 0, or ``None``.
     """
-    match = re.fullmatch(r"(.+):([0-9]+(?:\.[0-9]+)+)", str(path))
+    match = re.fullmatch(r"(.+):([0-9]+(?:\.[0-9]+)*)", str(path))
     return (Path(path), None) if match is None or Path(path).exists() else (Path(match[1]), match[2])
 
 
 def holds_dicom(path: str | Path) -> bool:
     """Tell whether this is a DICOM file or a folder with one in it, its subfolders not searched."""
     path, uid = split_uid(path)
-    if uid is not None or path.is_file():
-        return uid is not None or _is_dicom(path)
-    return path.is_dir() and any(_is_dicom(file) for file in path.iterdir() if file.is_file())
+    if path.is_file():
+        return _is_dicom(path)
+    return uid is not None or (path.is_dir() and any(_is_dicom(file) for file in path.iterdir() if file.is_file()))
 
 
 def find_series(path: str | Path) -> list[Path]:

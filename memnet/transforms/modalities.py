@@ -25,10 +25,10 @@ from monai.utils import GridSampleMode, GridSamplePadMode
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from memnet.dicom import holds_dicom, read_pixels, read_stack
+from memnet.dicom import holds_dicom, read_pixels, read_stack, split_uid
 from memnet.transforms.grids import file_grid, grid_of, require_one_grid, same_grid
 from memnet.transforms.intensity import zero_background
-from memnet.workflow.scans import tell_modality
+from memnet.workflow.scans import tell_modality, volumes_of
 
 __all__ = [
     "KeepLogitsd",
@@ -47,8 +47,9 @@ def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
     """Read a 3D volume and refuse what no later step could use.
 
     Args:
-        path: NIfTI (.nii, .nii.gz), Analyze (.hdr or .img) or another single-volume format of nibabel; or a DICOM series:
-            its folder, ``folder:UID``, or its only file, see :func:`memnet.dicom.read_stack`.
+        path: NIfTI (.nii, .nii.gz), Analyze (.hdr or .img) or another single-volume format of nibabel; ``file:2`` for one
+            volume of a 4D file, counted from 0; or a DICOM series: its folder, ``folder:UID``, or its only file, see
+            :func:`memnet.dicom.read_stack`.
         constant: take a volume whose voxels are all the same, such as the label map of a healthy brain.
 
     Returns:
@@ -57,7 +58,12 @@ def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
     Raises:
         ValueError: naming the file, if it is missing, no such image, cut short, not 3D, not finite, or constant.
     """
-    values, affine = _read_dicom(path) if Path(path).is_dir() or holds_dicom(path) else _read_nifti(Path(path))
+    return _checked(
+        path, *(_read_dicom(path) if Path(path).is_dir() or holds_dicom(path) else _read_nifti(path)), constant
+    )
+
+
+def _checked(path: str | Path, values: np.ndarray, affine: np.ndarray, constant: bool) -> MetaTensor:
     not_finite = int(values.size - np.isfinite(values).sum())
     if not_finite:
         raise ValueError(f"{path}: {not_finite} of {values.size} voxels are NaN or infinite; replace them first")
@@ -80,20 +86,24 @@ def _read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     return read_pixels(stack), stack.affine
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    if not path.is_file():
+def _read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    file, volume = split_uid(path)
+    if not file.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        image = nib.load(path)
+        image = nib.load(file)
         shape = tuple(image.shape)
     except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path}: not a NIfTI (or Analyze) image, or damaged ({_first_line(error)})") from error
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    if len(shape) != 3:
-        raise ValueError(f"{path}: has shape {shape}, expected a 3D volume (extract one volume of a series first)")
+    if len(shape) != 3 + (volume is not None):
+        raise ValueError(f"{path}: has shape {shape}, expected a 3D volume, or file:0 to name one volume of a 4D file")
+    if volume is not None and not (volume.isdigit() and int(volume) < shape[3]):
+        raise ValueError(f"{path}: no such volume, the file has shape {shape} and they count from 0")
     try:
-        values = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
+        part = image.dataobj if volume is None else image.dataobj[:, :, :, int(volume)]
+        values = np.asarray(part, dtype=np.float32).reshape(shape[:3])
     except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read, cut short or damaged ({_first_line(error)})") from error
     return values, np.asarray(image.affine, dtype=np.float64)
@@ -105,7 +115,9 @@ class LoadModalitiesd(MapTransform):
     The image has the grid of the first modality that is there; another one's grid may differ only with ``resample``.
 
     Args:
-        keys: the entries to load: a list of a file for each modality, ``None`` for a missing one; or one file.
+        keys: the entries to load: a list of a file for each modality, ``None`` for a missing one; one file, of a single
+            modality or, where ``lone`` is ``None``, 4D with a volume for each, all zero for a missing one; or, from a host
+            that reads the files itself, the image ``(D, H, W)`` or ``(C, D, H, W)`` in memory, its affine in a MetaTensor.
         modalities: the channels' names, in order.
         name_key: an entry that gives the output's name where file names would collide; optional in the data.
         lone: which modality a file is that comes alone; if ``None`` the one its name tells, see
@@ -142,32 +154,55 @@ class LoadModalitiesd(MapTransform):
         """Replace the files by a ``(n_modalities, D, H, W)`` image."""
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = self._load(self._paths(d[key]))
+            entry = d[key]
+            in_memory = isinstance(entry, (np.ndarray, torch.Tensor))
+            d[key] = self._join(self._split(entry) if in_memory else self._read(entry))
             if self.name_key in d:
                 d[key].meta["output_name"] = d[self.name_key]
         return d
 
-    def _paths(self, entry: Any) -> list[Any]:
+    def _read(self, entry: Any) -> list[MetaTensor | None]:
         paths = [entry] if isinstance(entry, (str, Path)) else list(entry)
-        names = ", ".join(self.modalities)
-        if len(paths) not in (1, len(self.modalities)) or all(p is None for p in paths):
-            raise ValueError(
-                f"{entry!r}: expected one file or {len(self.modalities)} ({names}, null for a missing one)"
-            )
-        if len(paths) == len(self.modalities):
-            return paths
-        lone = self.lone or tell_modality(paths[0], self.modalities)
-        if lone is None:
-            raise ValueError(
-                f"{paths[0]}: which of {names} is it? Give --modality, or a list of {len(self.modalities)}"
-            )
-        return [paths[0] if name == lone else None for name in self.modalities]
+        n_modalities, names = len(self.modalities), ", ".join(self.modalities)
+        if len(paths) not in (1, n_modalities) or all(p is None for p in paths):
+            raise ValueError(f"{entry!r}: expected one file or {n_modalities} ({names}, null for a missing one)")
+        in_one_file = volumes_of(paths[0], n_modalities) if len(paths) == 1 and self.lone is None else []
+        if in_one_file:
+            return self._without_empty(paths[0], [read_volume(path, constant=True) for path in in_one_file])
+        volumes = [None if path is None else read_volume(path) for path in paths]
+        return volumes if len(paths) == n_modalities else self._place(volumes[0], paths[0])
 
-    def _load(self, paths: list[Any]) -> MetaTensor:
-        volumes = {i: read_volume(path) for i, path in enumerate(paths) if path is not None}
+    def _split(self, image: np.ndarray | torch.Tensor) -> list[MetaTensor | None]:
+        """Take the modalities out of an image in memory."""
+        image = image if isinstance(image, MetaTensor) else MetaTensor(image)
+        name, affine = image.meta.get("filename_or_obj", "image"), image.affine.double().numpy()
+        channels = image.float().cpu().numpy()
+        channels = channels[None] if channels.ndim == 3 else channels
+        if channels.ndim != 4 or len(channels) not in (1, len(self.modalities)):
+            expected = f"(D, H, W), or {len(self.modalities)} of them ({', '.join(self.modalities)})"
+            raise ValueError(f"{name}: has shape {tuple(image.shape)}, expected {expected}")
+        if len(channels) == 1:
+            return self._place(_checked(name, channels[0], affine, False), name)
+        return self._without_empty(name, [_checked(name, channel, affine, True) for channel in channels])
+
+    def _place(self, volume: MetaTensor | None, name: Any) -> list[MetaTensor | None]:
+        """Put a modality that comes alone in its place."""
+        lone = self.lone or tell_modality(name, self.modalities)
+        if lone is None:
+            names = ", ".join(self.modalities)
+            raise ValueError(f"{name}: which of {names} is it? Give --modality, or a list of {len(self.modalities)}")
+        return [volume if name == lone else None for name in self.modalities]
+
+    def _without_empty(self, name: Any, volumes: list[MetaTensor]) -> list[MetaTensor | None]:
+        if not any(bool(volume.any()) for volume in volumes):
+            raise ValueError(f"{name}: every voxel is 0; there is nothing to see in it")
+        return [volume if bool(volume.any()) else None for volume in volumes]
+
+    def _join(self, modalities: list[MetaTensor | None]) -> MetaTensor:
+        volumes = {channel: volume for channel, volume in enumerate(modalities) if volume is not None}
         first = next(iter(volumes.values()))
         if not self.resample:
-            require_one_grid([(str(paths[i]), grid_of(volume)) for i, volume in volumes.items()])
+            require_one_grid([(v.meta["filename_or_obj"], grid_of(v)) for v in volumes.values()])
         image = torch.zeros(len(self.modalities), *first.shape[1:])
         for channel, volume in volumes.items():
             shifted = cast(MetaTensor, zero_background(volume)) if self.strip_background else volume

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+import nibabel as nib
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
 from memnet.datasets import IMAGE_SUFFIXES, Case, as_list, existing_folder, read_datalist
 from memnet.dicom import holds_dicom, split_uid
 
-__all__ = ["find_scans", "list_scans", "tell_modality"]
+__all__ = ["find_scans", "list_scans", "tell_modality", "volumes_of"]
 
 logger = logging.getLogger("memnet")
 
@@ -75,7 +80,7 @@ def list_scans(
     Args:
         files: the modalities in the order of the channels, each with its file, or with its files of several subjects, or
             with ``None``; the lists are put together in order. A folder of a DICOM series is as good as a file, and so is
-            ``folder:UID``, one of its series.
+            ``folder:UID``, one of its series, or ``file:0``, a volume of a 4D file.
         dataset_dir: a folder; files or folders of DICOM whose names differ in the modality alone, as ``x_T1.nii.gz`` and
             ``x_T2.nii.gz``, are one subject.
         datalist: JSON file in the format of the Medical Segmentation Decathlon; ``image`` is a file or a list of all
@@ -83,7 +88,8 @@ def list_scans(
         modality: what a scan is when its name does not say; if ``None`` such a file of a folder is left out with a warning,
             and refused elsewhere.
         pattern: which file names of ``dataset_dir`` to take, as in ``"*_SS.nii.gz"``.
-        image: one scan or several, each a subject with a single modality: ``modality``, or else the one its name tells.
+        image: one scan or several, each a subject with a single modality, ``modality`` or else the one its name tells; or,
+            without ``modality``, a 4D file of all modalities in the order of the channels.
         subfolders: search a folder's subfolders if it holds no scan itself, as BraTS has a folder a case.
 
     Returns:
@@ -102,7 +108,10 @@ def list_scans(
     if len(given) > 1:
         raise ValueError(f"{' and '.join(sorted(given))} are given together; give one of them")
     if image:
-        rows = [_row(path, names, modality) for path in as_list(image)]
+        whole = [modality is None and bool(volumes_of(path, len(names))) for path in as_list(image)]
+        rows = [
+            [p] if is_whole else _row(p, names, modality) for p, is_whole in zip(as_list(image), whole, strict=True)
+        ]
     elif any(lists.values()):
         rows = _side_by_side(lists)
     elif datalist:
@@ -129,6 +138,15 @@ def tell_modality(path: str | Path, modalities: Sequence[str]) -> str | None:
         modalities: some of T1, T1c, T2, FLAIR.
     """
     return _split_name(_stem(path), modalities)[0]
+
+
+def volumes_of(path: str | Path, n_volumes: int) -> list[Any]:
+    """Return ``[path:0, path:1, ...]`` of a 4D NIfTI with so many volumes, and nothing for any other file."""
+    try:
+        shape = tuple(nib.load(path).shape) if n_volumes > 1 and Path(path).is_file() else ()
+    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError):
+        return []
+    return [f"{path}:{k}" for k in range(n_volumes)] if shape[3:] == (n_volumes,) else []
 
 
 def _side_by_side(lists: Mapping[str, list[Any]]) -> list[Row]:

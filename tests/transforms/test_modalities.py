@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -58,6 +59,63 @@ def test_second_modality_is_moved_onto_the_first_ones_grid(write_nifti: Callable
 
 
 FOUR = ("T1", "T1c", "T2", "FLAIR")
+
+
+@pytest.fixture
+def four() -> np.ndarray:
+    """T1, T1c and FLAIR, and no T2, as the volumes of one image."""
+    volumes = [phantom(seed=k)[0] for k in range(4)]
+    return np.stack([volumes[0], volumes[1], 0 * volumes[2], volumes[3]], -1)
+
+
+@pytest.mark.parametrize("host", ["a file", "one volume a file", "in memory"])
+def test_four_modalities_in_one_image(host: str, four: np.ndarray, write_nifti: Callable[..., Path]) -> None:
+    affine = np.diag([1.0, 2, 3, 1])
+    path = write_nifti("four.nii.gz", four, affine)
+    entries: dict[str, Any] = {
+        "a file": str(path),
+        "one volume a file": [f"{path}:0", f"{path}:1", None, f"{path}:3"],
+        "in memory": MetaTensor(torch.from_numpy(four.transpose(3, 0, 1, 2)), affine=torch.from_numpy(affine)),
+    }
+    image = LoadModalitiesd("image", FOUR, lone=None, shown="FLAIR")({"image": entries[host]})["image"]
+    np.testing.assert_array_equal(image, four.transpose(3, 0, 1, 2))
+    np.testing.assert_allclose(image.affine, affine)
+    if host != "in memory":
+        assert torch.equal(read_volume(image.meta["shown"])[0], image[3])
+
+
+def test_one_modality_in_memory(four: np.ndarray) -> None:
+    image = LoadModalitiesd("image", FOUR, lone="FLAIR")({"image": four[..., 3]})["image"]
+    np.testing.assert_array_equal(image[3], four[..., 3])
+    assert not image[:3].any()
+
+
+@pytest.mark.parametrize(
+    ("shown", "message"),
+    [
+        (lambda four: four[..., 0], "which of T1, T1c, T2, FLAIR is it"),
+        (lambda four: four[..., :2].transpose(3, 0, 1, 2), r"shape \(2, 20, 24, 22\), expected \(D, H, W\), or 4"),
+        (lambda four: 0 * four.transpose(3, 0, 1, 2), "every voxel is 0"),
+    ],
+    ids=["no name", "two channels", "empty"],
+)
+def test_images_in_memory_that_say_too_little(
+    shown: Callable[[np.ndarray], np.ndarray], message: str, four: np.ndarray
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoadModalitiesd("image", FOUR, lone=None)({"image": shown(four)})
+
+
+@pytest.mark.parametrize("volume", ["4", "1.2"])
+def test_volume_that_is_not_there(volume: str, four: np.ndarray, write_nifti: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=f"four.nii:{volume}: no such volume, the file has shape"):
+        read_volume(f"{write_nifti('four.nii', four)}:{volume}")
+
+
+def test_two_volumes_are_no_modalities_where_files_are_of_one(write_nifti: Callable[..., Path]) -> None:
+    path = write_nifti("echoes.nii", np.stack([phantom()[0]] * 2, -1))
+    with pytest.raises(ValueError, match="expected a 3D volume"):
+        LoadModalitiesd("image")({"image": str(path)})
 
 
 def test_channels_of_four_modalities(write_nifti: Callable[..., Path]) -> None:
