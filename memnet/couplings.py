@@ -1,9 +1,14 @@
 """Additive couplings: residual blocks on two streams that are inverted by subtraction."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from memnet.grid import FRACTION_BITS, add_on_grid, as_stream
 from memnet.invertible import Invertible, Recorded
@@ -81,9 +86,8 @@ class AdditiveCoupling(Invertible):
         """See :meth:`memnet.Invertible.pull_back`."""
         y1, y2, *rest = recorded.state
         replay_f, replay_g = recorded.replays
-        d1, d2, *d_rest = gradients
-        d1 = torch.zeros_like(y1) if d1 is None else d1
-        d2 = torch.zeros_like(y2) if d2 is None else d2
+        d_rest = gradients[2:]
+        d1, d2 = _filled((y1, y2), gradients)
         del recorded, gradients
 
         (branch,), pull = replay_with_grad([replay_g], [y1])
@@ -140,7 +144,52 @@ class _Guarded(nn.Module):
         self.training = branch.training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _guarded(self.branch, x)
+        with _in_place(self.branch):
+            return _guarded(self.branch, x)
+
+
+@contextmanager
+def _in_place(branch: nn.Module) -> Iterator[None]:
+    """Let each leaky ReLU that follows a layer which does not need its own output write over that."""
+    changed = [
+        after
+        for module in branch.modules()
+        if type(module) is nn.Sequential
+        for before, after in pairwise(module)
+        if type(after) is nn.LeakyReLU and after.negative_slope >= 0 and not after.inplace
+        if isinstance(before, nn.GroupNorm | _NormBase | _ConvNd)
+        if not (before._forward_hooks or after._forward_hooks or after._forward_pre_hooks)
+    ]
+    for module in changed:
+        module.forward = partial(_overwrite, slope=module.negative_slope)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _overwrite(x: torch.Tensor, slope: float) -> torch.Tensor:
+    return _Overwrite.apply(x, slope)
+
+
+class _Overwrite(torch.autograd.Function):
+    """Leaky ReLU in the memory of its input: the gradient depends on the sign alone, which input and output share.
+
+    An in-place operation would do for autograd, too, if it were not for instance norm's output, a view, of which autograd
+    then makes copies.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, slope: float) -> torch.Tensor:
+        y = torch.nn.functional.leaky_relu_(x.detach(), slope)
+        ctx.slope = slope
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return torch.ops.aten.leaky_relu_backward(gradient, *ctx.saved_tensors, ctx.slope, True), None
 
 
 class ChannelSplit(Invertible):
@@ -168,6 +217,16 @@ class ChannelSplit(Invertible):
         """Map ``(x1, x2, *rest)`` back to ``(x, *rest)``."""
         return torch.cat(state[:2], 1), *state[2:]
 
+    @torch.jit.unused
+    def pull_back(
+        self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
+    ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
+        """See :meth:`memnet.Invertible.pull_back`; the gradient is moved as the state is, and nothing runs again."""
+        filled = _filled(recorded.state[:2], gradients)
+        rest, inputs = gradients[2:], self.inverse(*recorded.state)
+        del recorded, gradients
+        return inputs, [torch.cat(filled, 1), *rest], {}
+
 
 class ChannelMerge(Invertible):
     """Concatenate two streams along the channels: the inverse of :class:`ChannelSplit`.
@@ -191,3 +250,18 @@ class ChannelMerge(Invertible):
         x = state[0]
         n = x.shape[1] // 2 if self.first is None else self.first
         return x[:, :n].clone(), x[:, n:].clone(), *state[1:]
+
+    @torch.jit.unused
+    def pull_back(
+        self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
+    ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
+        """See :meth:`memnet.Invertible.pull_back`; the gradient is moved as the state is, and nothing runs again."""
+        (gradient,) = _filled(recorded.state[:1], gradients)
+        rest, inputs = gradients[1:], self.inverse(*recorded.state)
+        del recorded, gradients
+        return inputs, [*self.inverse(gradient), *rest], {}
+
+
+def _filled(state: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Return the gradients of the first tensors of a state, zeros where the loss does not use one."""
+    return [torch.zeros_like(x) if d is None else d for x, d in zip(state, gradients, strict=False)]
