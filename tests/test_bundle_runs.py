@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from bundle_cases import SMALL, SMALL_TRAINING, WARNINGS, BundleCase, cases, run, train_in_two_processes
 from conftest import phantom
+from pages import Page
 
 pytestmark = WARNINGS
 
@@ -40,11 +43,21 @@ def test_trains_evaluates_and_segments(
     rows = (evaluated / "val_mean_dice_raw.csv").read_text().splitlines()
     assert [Path(row.split(",")[0]).name for row in rows[1:]] == case.scans
     assert case.metric in (evaluated / "metrics.csv").read_text()
+    page = Page(evaluated / "evaluation.html")
+    assert page.column("mean") == [f"{float(row.split(',')[-1]):.4g}" for row in rows[1:]]
+    assert page.column("case") == case.scans and len(page.images) == 3
+    assert page.row("case")[:3] == list(case.columns)
 
     segmented = tmp_path / "segmented"
     run(case.folder, "run", "inference.json", **SMALL, **common, ckpt_path=best, output_dir=str(segmented))
     outputs = {f"{name.split('.')[0]}_{case.postfix}.nii.gz" for name in case.scans}
-    assert {p.name for p in segmented.iterdir()} == {*outputs, case.table}
+    assert {p.name for p in segmented.iterdir()} == {*outputs, case.table, "inference.html"}
+    page = Page(segmented / "inference.html")
+    table = list(csv.reader((segmented / case.table).read_text().splitlines()))
+    assert page.column("label map") == sorted(outputs, key=page.column("label map").index) and len(page.images) == 3
+    for column, *values in zip(*table, strict=True):
+        assert column == "file" or page.column(column) == [f"{float(value):.4g}" for value in values]
+    assert page.row("weights") == [f"{best}, SHA-256 {hashlib.sha256(Path(best).read_bytes()).hexdigest()}"]
 
 
 @cases
@@ -171,3 +184,11 @@ def test_overlay_is_drawn_on_demand(
     assert not (tmp_path / f"scan_T1_{case.postfix}.png").exists()
     run(case.folder, "run", "inference.json", **options, overlay="true")
     assert (tmp_path / f"scan_T1_{case.postfix}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@cases
+def test_trains_with_nothing_to_validate_on(case: BundleCase, data: Path, tmp_path: Path) -> None:
+    """As with the first labels that someone draws in MONAI Label, which sets both lists."""
+    options = {**SMALL_TRAINING, "dataset_dir": str(data), "epochs": 1, "output_dir": str(tmp_path)}
+    run(case.folder, "run", "train.json", **options, **{"validate#dataset#data": []})
+    assert {file.name for file in tmp_path.glob("*.pt")} == {"model_last.pt"}
