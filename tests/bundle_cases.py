@@ -47,6 +47,7 @@ class BundleCase:
     metric: str
     flag: str  # the override that names one scan
     values: Sequence[int]  # what the label map of classes 0 to 3 holds
+    columns: Sequence[str]  # what the metrics' classes or regions are called
     levels: Sequence[float]  # what intensities 0, 250 (most of the brain), 550 and 1000 are scaled to
 
     @property
@@ -63,6 +64,7 @@ TISSUE = BundleCase(
     metric="val_hausdorff_gm",
     flag="image",
     values=[0, 1, 2, 3],
+    columns=["CSF", "GM", "WM"],
     levels=[0, 0.25, 0.55, 1],
 )
 TUMOR = BundleCase(
@@ -74,6 +76,7 @@ TUMOR = BundleCase(
     metric="val_hausdorff95_et",
     flag="t1",
     values=[0, 1, 2, 4],
+    columns=["TC", "WT", "ET"],
     levels=[0, 1 / 3, 0.735, 1],
 )
 cases = pytest.mark.parametrize("case", [TISSUE, TUMOR], ids=lambda case: case.postfix)

@@ -128,7 +128,7 @@ def test_one_bad_volume_among_many_is_named(tmp_path: Path, weights: Path, write
         "inference.json", dataset_dir=str(tmp_path / "scans"), ckpt_path=str(weights), output_dir=str(out)
     )
     assert str(path) in message
-    assert [p.name for p in out.iterdir()] == ["a_tissue.nii.gz"]
+    assert [p.name for p in out.iterdir()] == ["a_tissue.nii.gz"]  # and no report of a run that failed
 
 
 def test_failed_writing_leaves_no_partial_file(

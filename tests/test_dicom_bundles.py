@@ -46,7 +46,7 @@ def test_dicom_gives_what_nifti_gives(
             **{case.flag: str(scan), "output_dir": str(tmp_path / kind)},
         )
     stem = f"a_T1_{case.postfix}"
-    outputs = {f"{stem}.nii.gz", f"{stem}.png", case.table}
+    outputs = {f"{stem}.nii.gz", f"{stem}.png", case.table, "inference.html"}
     assert {file.name for file in (tmp_path / "nifti").iterdir()} == outputs
     assert {file.name for file in (tmp_path / "dicom").iterdir()} == {*outputs, f"{stem}.dcm"}
     expected, found = (nib.load(tmp_path / kind / f"{stem}.nii.gz") for kind in inputs)

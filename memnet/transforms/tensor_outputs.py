@@ -101,6 +101,7 @@ class SaveTensorsd(MapTransform):
                 picture = self.output_dir / f"{name}.png"
                 draw_tensors(picture, self._shown(d, image, coarse, inside, fine, rate), name)
                 logger.info("  panel      %s", picture)
+                image.meta["panel"] = str(picture)
             image.meta["saved_to"] = str(target)
         return d
 

@@ -14,13 +14,20 @@ from memnet.whole_files import whole_file
 from memnet.workflow.legends import Legend
 from memnet.workflow.metrics import label_volumes
 
-__all__ = ["draw_overlay"]
+__all__ = ["draw_overlay", "overlay_figure"]
 
 _BACKGROUND = "#101216"
 _MARGIN_MM = 12.0
 
 
 def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path, legend: Legend) -> None:
+    """Write :func:`overlay_figure` as a PNG file, complete or absent."""
+    figure = overlay_figure(scan, labels, legend)
+    with whole_file(target) as partial:
+        figure.savefig(partial, dpi=110, facecolor=_BACKGROUND, format="png")
+
+
+def overlay_figure(scan: str | Path, labels: str | Path, legend: Legend) -> Any:
     """Draw axial, coronal and sagittal planes of a scan, alone above and with its labels below.
 
     The planes pass through the middle of what is labelled, left is left, and the legend gives volumes in ml.
@@ -28,8 +35,10 @@ def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path, legen
     Args:
         scan: the 3D image that was segmented, see :func:`memnet.transforms.modalities.read_volume`.
         labels: its label map on the same grid.
-        target: PNG file to write; complete or absent.
         legend: what the labels are.
+
+    Returns:
+        A figure of matplotlib.
     """
     # here, since drawing is optional and the import slow
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -101,9 +110,7 @@ def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path, legen
         bbox_to_anchor=(0.5, 0.015),
     )
     figure.suptitle(split_uid(scan)[0].name, color="#b8c0cc", fontsize=11, x=0.012, y=0.985, ha="left")
-
-    with whole_file(target) as partial:
-        figure.savefig(partial, dpi=110, facecolor=_BACKGROUND, format="png")
+    return figure
 
 
 def _profiles(mask: np.ndarray) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from memnet.workflow.legends import LEGENDS
 from memnet.workflow.metrics import label_volumes
 from memnet.workflow.overlay import draw_overlay
 
-__all__ = ["ImageReport", "LabelReport", "TrainingProgress", "image_meta", "middle_planes"]
+__all__ = ["ImageReport", "LabelReport", "TrainingProgress", "first_filled", "image_meta", "middle_planes"]
 
 logger = logging.getLogger("memnet")
 
@@ -114,6 +114,11 @@ class TrainingProgress(ProgressBar):
         super().attach(engine, output_transform=lambda output: {"loss": float(self.loss(output))})
 
 
+def first_filled(channels: torch.Tensor) -> torch.Tensor:
+    """Return the first of ``(C, ...)`` channels that is not all zero, the first of all where none is."""
+    return next((channel for channel in channels if bool((channel != 0).any())), channels[0])
+
+
 def image_meta(data: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the metadata of a decollated batch's images, from which MONAI's ``MetricsSaver`` takes the file names.
 
@@ -145,7 +150,7 @@ def middle_planes(*keys: str) -> Callable[[Sequence[dict[str, Any]]], Any]:
             is_one_hot = bool((middle.sum(0) == 1).all())
             shown = middle.argmax(0) / (n_channels - 1) if is_one_hot else middle.sum(0) / n_channels
         else:
-            shown = next((c for c in middle if bool((c != 0).any())), middle[0])
+            shown = first_filled(middle)
         # x to the right, anterior up
         return shown.T.flip(0)[None].cpu()
 

@@ -1,0 +1,230 @@
+"""What a report shows of each case: its numbers and its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from memnet.dicom import split_uid
+from memnet.diffusion.tensors import fractional_anisotropy
+from memnet.workflow.legends import LEGENDS
+from memnet.workflow.metrics import label_volumes
+from memnet.workflow.overlay import overlay_figure
+from memnet.workflow.reporting import first_filled
+
+__all__ = ["ComparisonPanel", "ImagePanel", "LabelPanel", "ReportedCase", "TensorPanel"]
+
+_BACKGROUND, _WIDTH, _DPI = "#101216", 2.6, 100  # inches a plane
+# without the background, which is not shown; one plane alike for people who are colour-blind, see memnet.workflow.legends
+_COLOURS = ("#3b8fd4", "#e8743b", "#f6e8a6", "#9fd356", "#c77dd1")
+
+Case = Mapping[str, Any]
+
+
+@dataclass
+class ReportedCase:
+    """A case of a report.
+
+    Args:
+        source: its input.
+        numbers: its row of the table, by the columns' names.
+        picture: a PNG file's content, if there is one to show.
+        shows: what the picture shows, in words.
+    """
+
+    source: str
+    numbers: dict[str, str | float] = field(default_factory=dict)
+    picture: bytes | None = None
+    shows: str = ""
+
+
+class LabelPanel:
+    """A label map's volumes, and its overlay on three planes of the scan.
+
+    Args:
+        legend: name of one of :data:`memnet.workflow.legends.LEGENDS`.
+    """
+
+    def __init__(self, legend: str) -> None:
+        self.legend = LEGENDS[legend]
+
+    def __call__(self, case: Case, draw: bool = True) -> ReportedCase:
+        """Report a case whose label map was saved with ``savepath_in_metadict``; the picture if asked."""
+        meta = case["pred"].meta
+        labels = nib.load(meta["saved_to"])
+        volumes = label_volumes(np.asarray(labels.dataobj), labels.affine, self.legend.volumes)
+        numbers: dict[str, str | float] = {f"{name} [ml]": volume for name, volume in volumes.items()}
+        found = ReportedCase(_source(meta), {"label map": Path(meta["saved_to"]).name, **numbers})
+        if draw:
+            figure = overlay_figure(meta.get("shown", meta["filename_or_obj"]), meta["saved_to"], self.legend)
+            found.picture = _png(figure, 80)
+            found.shows = f"axial, coronal and sagittal planes, with {', '.join(self.legend.classes)} below"
+        return found
+
+
+class ImagePanel:
+    """A saved image's size and range, and its middle planes; of a movie its first and middle frame and a line in time.
+
+    Args:
+        key: the entry that was saved with ``savepath_in_metadict``.
+    """
+
+    def __init__(self, key: str = "pred") -> None:
+        self.key = key
+
+    def __call__(self, case: Case, draw: bool = True) -> ReportedCase:
+        """Report a case; the picture if asked."""
+        meta = case[self.key].meta
+        image = nib.load(meta["saved_to"])
+        values = np.asarray(image.dataobj, dtype=np.float32)
+        found = ReportedCase(_source(meta), {"image": Path(meta["saved_to"]).name, **_size(image)})
+        found.numbers |= {name: float(getattr(values, name)()) for name in ("min", "mean", "max")}
+        if draw:
+            _draw(found, _planes(values, image.header.get_zooms()), float(np.percentile(values, 99.5)))
+        return found
+
+
+class TensorPanel:
+    """A tensor image's size, mean diffusivity and anisotropy in the brain, and the panel that was drawn of it, or its FA.
+
+    Args:
+        image_key: the entry whose metadata :class:`memnet.transforms.tensor_outputs.SaveTensorsd` has completed.
+    """
+
+    def __init__(self, image_key: str = "image") -> None:
+        self.image_key = image_key
+
+    def __call__(self, case: Case, draw: bool = True) -> ReportedCase:
+        """Report a case; the picture if asked."""
+        meta = case[self.image_key].meta
+        saved = Path(meta["saved_to"])
+        maps = {
+            kind: nib.load(saved.with_name(saved.name.replace("_tensor.nii", f"_{kind}.nii"))) for kind in ("md", "fa")
+        }
+        md, fa = (np.asarray(image.dataobj, dtype=np.float32) for image in maps.values())
+        brain = md != 0
+        means = {"MD [1e-3 mm2/s]": 1e3 * md[brain].mean(), "FA": fa[brain].mean()} if brain.any() else {}
+        found = ReportedCase(_source(meta), {"tensors": saved.name, **_size(maps["fa"])})
+        found.numbers |= {f"mean {name}": float(mean) for name, mean in means.items()}
+        if draw and "panel" in meta:
+            found.picture, found.shows = Path(meta["panel"]).read_bytes(), "MD, FA and colour FA of each method"
+        elif draw:
+            _draw(found, _planes(fa, maps["fa"].header.get_zooms()), 0.8)
+            found.shows = f"FA: {found.shows}"
+        return found
+
+
+class ComparisonPanel:
+    """The middle planes of a prediction and of what it is compared with.
+
+    Args:
+        entries: titles and the entries ``(C, D, H, W)`` that they name. Of images the first channel is shown, of one-hot
+            classes, and of regions one within the other, each in a colour.
+        classes: what the classes after the background are called.
+        axis: the dimension across which the planes lie: 3 is axial in RAS, 1 the slices or frames of a reconstruction.
+        tensors: the entries are diffusion tensors; their fractional anisotropy is shown.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, str], classes: Sequence[str] = (), axis: int = 3, tensors: bool = False
+    ) -> None:
+        self.entries, self.classes, self.axis, self.tensors = dict(entries), tuple(classes), axis, tensors
+
+    def __call__(self, case: Case, draw: bool = True) -> ReportedCase:
+        """Report a case of an evaluation, whose numbers its metrics have; the picture if asked."""
+        found = ReportedCase(_source(case["image"].meta))
+        if draw:
+            shown = {title: self._plane(case[key]) for title, key in self.entries.items()}
+            found.picture, found.shows = _png(_row(shown, self.classes)), ", ".join(shown)
+        return found
+
+    def _plane(self, volume: Any) -> tuple[np.ndarray, tuple[float, float]]:
+        affine = getattr(volume, "affine", None)
+        sides = [1.0] * 3 if affine is None else np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
+        values = torch.as_tensor(volume).detach().float().cpu()
+        middle = values.select(self.axis, values.shape[self.axis] // 2)
+        if self.tensors:
+            plane = fractional_anisotropy(np.moveaxis(middle[:6].numpy(), 0, -1)) / 0.8
+        elif len(middle) > 1 and bool(((middle == 0) | (middle == 1)).all()):
+            is_one_hot = bool((middle.sum(0) == 1).all())
+            plane = (middle.argmax(0) if is_one_hot else middle.sum(0)).numpy().astype(np.uint8)
+        else:
+            plane = first_filled(middle).numpy()
+            plane = plane / (np.percentile(plane, 99.5) or 1)
+        right, up = (side for axis, side in enumerate(sides, 1) if axis != self.axis)
+        return plane.T, (right, up)
+
+
+def _source(meta: Mapping[str, Any]) -> str:
+    return str(split_uid(meta["filename_or_obj"])[0])
+
+
+def _size(image: Any) -> dict[str, str | float]:
+    sides = " x ".join(f"{side:.3g}" for side in image.header.get_zooms()[:3])
+    return {"size": " x ".join(map(str, image.shape)), "voxel [mm]": sides}
+
+
+def _draw(found: ReportedCase, planes: Mapping[str, tuple[np.ndarray, Sequence[float]]], white: float) -> None:
+    found.picture = _png(_row({name: (plane / (white or 1), side) for name, (plane, side) in planes.items()}))
+    found.shows = ", ".join(planes)
+
+
+def _planes(values: np.ndarray, sides: Sequence[float]) -> dict[str, tuple[np.ndarray, tuple[float, float]]]:
+    """Return named planes ``(up, right)`` of a volume, or of a movie, with the sides of their pixels in mm."""
+    x, y, z = (int(n) // 2 for n in values.shape[:3])
+    if values.ndim == 4 and values.shape[3] > 1:
+        n_frames, side = values.shape[3], (sides[0], sides[1])
+        # as long as the line, whatever the number of frames
+        stretched = np.arange(values.shape[0]) * n_frames // values.shape[0]
+        return {
+            "first frame": (values[:, :, z, 0].T, side),
+            "middle frame": (values[:, :, z, n_frames // 2].T, side),
+            "a line in time, to the right": (values[x, :, z][:, stretched], side),
+        }
+    volume = values[..., 0] if values.ndim == 4 else values
+    return {
+        "first and second axis": (volume[:, :, z].T, (sides[0], sides[1])),
+        "first and third axis": (volume[:, y].T, (sides[0], sides[2])),
+        "second and third axis": (volume[x].T, (sides[1], sides[2])),
+    }
+
+
+def _row(planes: Mapping[str, tuple[np.ndarray, Sequence[float]]], classes: Sequence[str] = ()) -> Any:
+    """Draw planes ``(up, right)`` side by side: floats as grey from 0 to 1, integers as colours, 0 as the background."""
+    # here, since drawing is optional and the import slow
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    heights = [len(plane) * side[1] / (plane.shape[1] * side[0]) for plane, side in planes.values()]
+    title, words = 0.3, 0.35 if classes else 0.02  # inches above and below
+    figure = Figure(figsize=(_WIDTH * len(planes), _WIDTH * max(heights) + title + words), facecolor=_BACKGROUND)
+    FigureCanvasAgg(figure)
+    for column, (name, (plane, side)) in enumerate(planes.items()):
+        axes = figure.add_subplot(1, len(planes), column + 1)
+        axes.set_axis_off()
+        look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
+        if np.issubdtype(plane.dtype, np.integer):
+            look = {"cmap": ListedColormap([_BACKGROUND, *_COLOURS]), "vmin": -0.5, "vmax": len(_COLOURS) + 0.5}
+        axes.imshow(plane, origin="lower", aspect=side[1] / side[0], interpolation="nearest", **look)
+        axes.set_title(name, color="white", fontsize=10, pad=4)
+    if classes:
+        handles = [Patch(color=colour, label=name) for colour, name in zip(_COLOURS, classes, strict=False)]
+        figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, labelcolor="white")
+    height = figure.get_figheight()
+    figure.subplots_adjust(left=0.005, right=0.995, top=1 - title / height, bottom=words / height, wspace=0.02)
+    return figure
+
+
+def _png(figure: Any, dpi: int = _DPI) -> bytes:
+    content = BytesIO()
+    figure.savefig(content, dpi=dpi, facecolor=_BACKGROUND, format="png")
+    return content.getvalue()
