@@ -10,7 +10,7 @@ from memnet.accounting import planner
 from memnet.benchmarks import comparison, depth, superresolution, superresolution_trials, training_memory, unrolled
 from memnet.bundle import input_error
 from memnet.datasets import diffusion_blocks, diffusion_copies
-from memnet.workflow import packing, scoring, tumor_scoring
+from memnet.workflow import packing, reconstruction_scoring, scoring, tumor_scoring
 
 __all__ = ["main"]
 
@@ -18,6 +18,7 @@ __all__ = ["main"]
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     scoring.add_parser,
     tumor_scoring.add_parser,
+    reconstruction_scoring.add_parser,
     planner.add_parser,
     packing.add_parser,
     training_memory.add_parser,

@@ -17,7 +17,7 @@ from torch import nn
 from memnet.accounting.dry_run import dry_run
 from memnet.chain import Chain, Memory
 
-__all__ = ["Plan", "TrainingStep", "largest_patch", "parse_bytes"]
+__all__ = ["Plan", "TrainingStep", "largest_patch", "parse_bytes", "read_override"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -240,7 +240,7 @@ def add_parser(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     a = arguments
     budget = parse_bytes(a.budget) if a.budget else None
-    step = TrainingStep(a.config_file, dict(_override(text) for text in a.set), a.network_id, a.loss_id)
+    step = TrainingStep(a.config_file, dict(read_override(text) for text in a.set), a.network_id, a.loss_id)
     strategies = step.strategies if step.strategies == [None] else a.memory or step.strategies
     patches = [(side,) * len(step.patch) for side in a.patch] or [step.patch]
     stored: dict[Any, float] = {}
@@ -280,7 +280,12 @@ def _row(plan: Plan, stored: dict[Any, float], budget: int | None) -> str:
     )
 
 
-def _override(text: str) -> tuple[str, Any]:
+def read_override(text: str) -> tuple[str, Any]:
+    """Take ``ID=VALUE`` apart; the value is JSON, or else the word that it is.
+
+    Raises:
+        ValueError: it has no ``=``.
+    """
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"{text!r} is no override; write ID=VALUE")
