@@ -14,6 +14,7 @@ import pytest
 import torch
 from bundle_cases import WARNINGS, run, train_in_two_processes
 from conftest import BUNDLES, phantom
+from pages import Page
 
 from memnet.bundle import input_error
 from memnet.datasets.ismrmrd import write_ismrmrd
@@ -100,6 +101,8 @@ def test_evaluation_scores_each_case_beside_the_zero_filled_image(folder: Path, 
         assert [Path(row[0]).name for row in rows] == [f"t1_{k}.nii.gz" for k in range(3)]
         scores[name] = [float(row[1]) for row in rows]
         assert name in (tmp_path / "metrics.csv").read_text()
+        assert Page(tmp_path / "evaluation.html").column(name) == [f"{score:.4g}" for score in scores[name]]
+    assert len(Page(tmp_path / "evaluation.html").images) == 3
     assert all(a > b for a, b in zip(scores["val_psnr"], scores["val_psnr_zero_filled"], strict=True))
     assert all(0 < s < 1 for s in scores["val_ssim"] + scores["val_nrmse"])
 
@@ -140,9 +143,11 @@ def test_trains_slice_by_slice(folder: Path, tmp_path: Path) -> None:
 def test_raw_data_become_an_image_in_their_place(raw_data: Path, weights: Path, tmp_path: Path, phase: bool) -> None:
     options = {**SMALL, "image": str(raw_data), "ckpt_path": str(weights), "slab_size": 5, "overlap": 2, "phase": phase}
     run(KNEE, "run", "inference.json", **options | {"acceleration": None}, output_dir=str(tmp_path))
-    names = {"scan_recon.nii.gz", *(["scan_recon_phase.nii.gz"] if phase else [])}
+    names = {"scan_recon.nii.gz", "inference.html", *(["scan_recon_phase.nii.gz"] if phase else [])}
     assert {p.name for p in tmp_path.iterdir()} == names
-    image = nib.load(tmp_path / "scan_recon.nii.gz")
+    image, page = nib.load(tmp_path / "scan_recon.nii.gz"), Page(tmp_path / "inference.html")
+    assert page.column("size") == ["8 x 24 x 22"] and page.column("voxel [mm]") == ["0.9 x 1.1 x 1.3"]
+    assert page.column("input") == ["scan.h5"] and len(page.images) == 1
     assert image.shape == (8, 24, 22) and image.get_data_dtype() == np.float32
     np.testing.assert_allclose(image.affine, AFFINE, atol=1e-4)
     expected, found = phantom((8, 24, 22))[0], np.asarray(image.dataobj)
@@ -245,8 +250,10 @@ def test_movies_are_scored_and_reconstructed_in_their_place(movies: Path, weight
     for name in ("val_psnr", "val_psnr_zero_filled"):
         scores[name] = float((tmp_path / "scores" / f"{name}_raw.csv").read_text().splitlines()[1].split(",")[1])
     assert scores["val_psnr"] > scores["val_psnr_zero_filled"] + 3
+    assert len(Page(tmp_path / "scores" / "evaluation.html").images) == 1
 
     run(CINE, "run", "inference.json", **options, slice_index=2, output_dir=str(tmp_path / "out"))
+    assert len(Page(tmp_path / "out" / "inference.html").images) == 1
     image = nib.load(tmp_path / "out" / "cine_recon.nii.gz")
     assert image.shape == (24, 20, 1, 6)
     np.testing.assert_allclose(image.affine @ [0, 0, 0, 1], AFFINE @ [0, 0, 2, 1], atol=1e-4)

@@ -12,6 +12,7 @@ import torch
 from bundle_cases import WARNINGS, run, train_in_two_processes
 from conftest import BUNDLES
 from diffusion_cases import GRIDS, Enlarge, field, positions, write_hcp, write_series
+from pages import Page
 
 from memnet import ESPCNRevNet
 from memnet.bundle import input_error
@@ -58,12 +59,18 @@ def test_trains_evaluates_and_refines(n_blocks: int, subjects: Path, tmp_path: P
     assert set(names) <= set(metrics) and all(float(metrics[name]) > 0 for name in names)
     rows = (evaluated / "cubic_rmse_total_raw.csv").read_text().splitlines()
     assert len(rows) == 2 and "10030" in rows[1]  # one test subject
+    page = Page(evaluated / "evaluation.html")
+    assert page.row("cubic_rmse_total") == [f"{float(metrics['cubic_rmse_total']):.4g}"] and len(page.images) == 1
 
     refined = tmp_path / "refined"
     options = {**SMALL, **common, "ckpt_path": best, "output_dir": str(refined), "panel": False}
     run(BUNDLE, "run", "inference.json", **options)
     kinds = ("tensor", "md", "fa", "colour_fa")
-    assert {p.name for p in refined.iterdir()} == {f"10030{i}_{kind}.nii.gz" for i in range(3) for kind in kinds}
+    outputs = {f"10030{i}_{kind}.nii.gz" for i in range(3) for kind in kinds}
+    assert {p.name for p in refined.iterdir()} == {*outputs, "inference.html"}
+    page = Page(refined / "inference.html")
+    assert page.column("tensors") == [f"10030{i}_tensor.nii.gz" for i in range(3)] and len(page.images) == 3
+    assert all(0 < float(mean) < 2 for mean in page.column("mean MD [1e-3 mm2/s]"))
     assert nib.load(refined / "100300_md.nii.gz").shape == tuple(2 * n for n in SHAPE)
 
 

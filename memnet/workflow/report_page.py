@@ -6,6 +6,7 @@ import base64
 import csv
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -192,9 +193,15 @@ def _read(file: Path) -> list[list[str]]:
 
 
 def _short(paths: Sequence[str]) -> list[str]:
-    """Return the files' names, with their folder's where names alone do not tell them apart."""
+    """Return the files' names, with their folder's, and then a number, where names alone do not tell them apart."""
     names = [Path(path).name for path in paths]
-    return names if len(set(names)) == len(names) else [str(Path(*Path(path).parts[-2:])) for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(Path(*Path(path).parts[-2:])) for path in paths]
+    seen: Counter[str] = Counter()
+    for i, name in enumerate(names):
+        seen[name] += 1
+        names[i] = name if seen[name] == 1 else f"{name} ({seen[name]})"
+    return names
 
 
 def _number(text: str) -> str | float:
