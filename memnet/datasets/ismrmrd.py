@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from io import BytesIO
+from math import prod
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,11 +16,13 @@ import numpy as np
 
 from memnet.whole_files import whole_file
 
-__all__ = ["RawData", "read_ismrmrd", "write_ismrmrd"]
+__all__ = ["RawData", "check_samples", "crop_field_of_view", "read_ismrmrd", "write_ismrmrd"]
 
 logger = logging.getLogger("memnet")
 
 _NAMESPACE = "{http://www.ismrm.org/ISMRMRD}"
+_THINNEST, _THICKEST = 1e-3, 1e3  # sides of a voxel, mm
+_MOST_UNDERSAMPLED = 256  # times as many samples in the matrix as in the file
 _COUNTERS = "kspace_encode_step_1 kspace_encode_step_2 average slice contrast phase repetition set segment".split()
 _INDEX = np.dtype([(name, "<u2") for name in _COUNTERS] + [("user", "<u2", 8)])
 _HEADER = np.dtype(
@@ -65,11 +68,13 @@ class RawData:
             frequency lies at index ``n // 2``.
         sampled: bool ``(frames, y, z)``.
         affine: of the image ``(x, y, z)``, ``(4, 4)``, mm, RAS+.
+        is_stack: whether x counts the slices of a 2D scan, which need no transform, rather than samples of the readout.
     """
 
     kspace: np.ndarray
     sampled: np.ndarray
     affine: np.ndarray
+    is_stack: bool = False
 
 
 def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
@@ -121,22 +126,62 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
     n_coils = int(heads["active_channels"][0])
     if (heads["active_channels"] != n_coils).any():
         raise ValueError(f"{path}: the number of coils changes between readouts")
+    n_wanted = int(frames.max() + 1) * n_coils * prod(matrix)
+    n_there = int(heads["number_of_samples"].astype(np.int64).sum()) * n_coils
+    if not 0 < n_wanted <= _MOST_UNDERSAMPLED * n_there:
+        raise ValueError(
+            f"{path}: holds {n_there} samples, its header a matrix of {matrix} for {n_coils} coils and {frames.max() + 1} "
+            "frames; is it damaged?"
+        )
     kspace = np.zeros((frames.max() + 1, *matrix[1:], n_coils, matrix[0]), dtype=np.complex64)
     count = np.zeros(kspace.shape[:3], dtype=np.uint16)
     for head, values, frame, y, z in zip(heads, data, frames, *index, strict=True):
         kspace[frame, y, z] += _readout(path, head, values, n_coils, matrix[0])
         count[frame, y, z] += 1
-    if not np.isfinite(kspace).all():
-        raise ValueError(f"{path}: holds samples that are not finite numbers")
-    dead = [c for c in range(n_coils) if not kspace[..., c, :].any()]
-    if dead:
-        raise ValueError(f"{path}: coil {dead[0]} of {n_coils} is zero throughout; leave it out of the file")
     kspace /= np.maximum(count, 1)[..., None, None]
     kspace = np.ascontiguousarray(kspace.transpose(0, 3, 4, 1, 2))
+    check_samples(path, kspace, 1)
     wanted = round(matrix[0] * recon_fov_x / fov[0])
-    if recon_x < matrix[0] and wanted < matrix[0]:
-        kspace, fov[0] = _crop_readout(kspace, wanted), recon_fov_x
+    if recon_x < matrix[0] and 0 < wanted < matrix[0]:
+        kspace, fov[0] = crop_field_of_view(kspace, wanted, 2), recon_fov_x
     return RawData(kspace, count > 0, _affine(path, heads[0], kspace.shape[2:], fov))
+
+
+def check_samples(path: Path, kspace: np.ndarray, coil_axis: int) -> None:
+    """Refuse samples that are not finite and coils that are all zero.
+
+    Args:
+        path: the file, for the error.
+        kspace: complex, of any shape.
+        coil_axis: which dimension is the coils.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if not np.isfinite(kspace).all():
+        raise ValueError(f"{path}: holds samples that are not finite numbers")
+    n_coils = kspace.shape[coil_axis]
+    dead = np.flatnonzero(~(kspace != 0).any(tuple(a for a in range(kspace.ndim) if a != coil_axis)))
+    if len(dead):
+        raise ValueError(f"{path}: coil {dead[0]} of {n_coils} is zero throughout; leave it out of the file")
+
+
+def crop_field_of_view(kspace: np.ndarray, wanted: int, axis: int) -> np.ndarray:
+    """Cut the field of view along an encoded dimension to its central part.
+
+    Args:
+        kspace: complex, of any shape.
+        wanted: samples that are left.
+        axis: the dimension.
+
+    Returns:
+        Complex64.
+    """
+    shifted = np.fft.ifftshift(kspace, axis)
+    image = np.fft.fftshift(np.fft.ifft(shifted, axis=axis, norm="ortho"), axis)
+    start = kspace.shape[axis] // 2 - wanted // 2
+    image = np.fft.ifftshift(np.take(image, range(start, start + wanted), axis), axis)
+    return np.fft.fftshift(np.fft.fft(image, axis=axis, norm="ortho"), axis).astype(np.complex64)
 
 
 def write_ismrmrd(
@@ -233,23 +278,27 @@ def _encoding(path: Path, xml: bytes) -> tuple[list[int], list[float], int, floa
     trajectory = read("trajectory")
     if trajectory.lower() != "cartesian":
         raise ValueError(f"{path}: its trajectory is {trajectory}; only cartesian data can be reconstructed")
-    matrix = [int(read("encodedSpace", "matrixSize", axis)) for axis in "xyz"]
-    fov = [float(read("encodedSpace", "fieldOfView_mm", axis)) for axis in "xyz"]
-    if min(matrix) < 1 or min(fov) <= 0:
-        raise ValueError(f"{path}: its header has a matrix of {matrix} and a field of view of {fov} mm")
     limits = ("encodingLimits", "kspace_encoding_step_{}", "center")
-    centres = [
-        int(read(*(name.format(i) for name in limits), default=str(n // 2)))
-        for i, n in zip((1, 2), matrix[1:], strict=True)
-    ]
     recon = ("reconSpace", "matrixSize", "x"), ("reconSpace", "fieldOfView_mm", "x")
-    return (
-        matrix,
-        fov,
-        int(read(*recon[0], default=str(matrix[0]))),
-        float(read(*recon[1], default=str(fov[0]))),
-        centres,
-    )
+    try:
+        matrix = [int(read("encodedSpace", "matrixSize", axis)) for axis in "xyz"]
+        fov = [float(read("encodedSpace", "fieldOfView_mm", axis)) for axis in "xyz"]
+        centres = [
+            int(read(*(name.format(i) for name in limits), default=str(n // 2)))
+            for i, n in zip((1, 2), matrix[1:], strict=True)
+        ]
+        recon_x, recon_fov_x = int(read(*recon[0], default=str(matrix[0]))), float(read(*recon[1], default=str(fov[0])))
+    except ValueError as error:
+        raise ValueError(
+            str(error) if str(path) in str(error) else f"{path}: its header is damaged ({error})"
+        ) from None
+    sides = [length / n if n else 0 for length, n in zip((*fov, recon_fov_x), (*matrix, recon_x), strict=True)]
+    if not all(_THINNEST <= side <= _THICKEST for side in sides) or min(matrix) < 1:
+        raise ValueError(
+            f"{path}: its header has a matrix of {matrix} (readout reconstructed to {recon_x}) and a field of view of {fov} "
+            f"mm ({recon_fov_x}), so that voxels have sides of {', '.join(f'{side:.3g}' for side in sides)} mm"
+        )
+    return matrix, fov, recon_x, recon_fov_x, centres
 
 
 def _of_slice(path: Path, slices: np.ndarray, chosen: np.ndarray, index: int | None) -> np.ndarray:
@@ -295,15 +344,6 @@ def _readout(path: Path, head: np.void, values: np.ndarray, n_coils: int, n: int
     readout = np.zeros((n_coils, n), dtype=np.complex64)
     readout[:, start : start + samples.shape[1]] = samples
     return readout
-
-
-def _crop_readout(kspace: np.ndarray, wanted: int) -> np.ndarray:
-    """Cut the field of view along the readout, dimension 2, to its central part."""
-    shifted = np.fft.ifftshift(kspace, 2)
-    image = np.fft.fftshift(np.fft.ifft(shifted, axis=2, norm="ortho"), 2)
-    start = kspace.shape[2] // 2 - wanted // 2
-    image = np.fft.ifftshift(image[:, :, start : start + wanted], 2)
-    return np.fft.fftshift(np.fft.fft(image, axis=2, norm="ortho"), 2).astype(np.complex64)
 
 
 def _affine(path: Path, head: np.void, matrix: tuple[int, ...], fov: list[float]) -> np.ndarray:

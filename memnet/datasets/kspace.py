@@ -14,7 +14,7 @@ __all__ = ["RAW_SUFFIXES", "find_raw_data", "find_reconstruction_cases"]
 
 logger = logging.getLogger("memnet")
 
-RAW_SUFFIXES = (".h5", ".nii.gz", ".nii")
+RAW_SUFFIXES = (".h5", ".mat", ".cfl", ".nii.gz", ".nii")
 
 
 def find_raw_data(
@@ -25,7 +25,8 @@ def find_raw_data(
     """List the files to reconstruct.
 
     Args:
-        image: one file or several: ISMRMRD (``.h5``), or NIfTI, from which raw data are simulated.
+        image: one file or several, see :func:`memnet.datasets.raw_data.read_raw_data`, or NIfTI, from which raw data are
+            simulated.
         dataset_dir: a folder of such files; subfolders are not searched.
         slice_index: which slice of files that hold several; the middle one if ``None``.
 
@@ -58,7 +59,7 @@ def find_reconstruction_cases(
     """Find fully sampled raw data, or magnitudes to simulate them from, and split them.
 
     Args:
-        dataset_dir: folder of ISMRMRD (``.h5``) or NIfTI files, one a subject.
+        dataset_dir: folder of files, one a subject, see :func:`find_raw_data`.
         n_folds: see :func:`memnet.datasets.split_folds`.
         fold: the fold kept for validation.
         movie: files hold movies; every slice of a NIfTI one ``(x, y, slice, frame)`` is a case, of the same subject.
@@ -105,7 +106,7 @@ def _search(dataset_dir: str | Path) -> list[Path]:
 
 
 def _slices(file: Path) -> list[int | None]:
-    if file.suffix == ".h5":
+    if not file.name.endswith((".nii", ".nii.gz")):
         return [None]
     try:
         shape = nib.load(file).shape

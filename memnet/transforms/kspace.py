@@ -15,7 +15,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandomizableTransform, Transform
 
-from memnet.datasets.ismrmrd import read_ismrmrd
+from memnet.datasets.raw_data import read_raw_data
 from memnet.mri.coils import calibration_region, compress_coils, espirit_maps
 from memnet.mri.fourier import kspace_to_image
 from memnet.mri.operators import SenseOperator
@@ -45,7 +45,7 @@ _LEAST_SAMPLED = 0.7  # of a reference: an ellipse takes 0.785 of its rectangle
 class LoadKspaced(MapTransform):
     """Load raw data; the readout of a volume becomes slices, by an inverse Fourier transform.
 
-    An ISMRMRD file is read, see :func:`memnet.datasets.ismrmrd.read_ismrmrd`. From a NIfTI file of magnitudes fully sampled
+    Files of raw data are read, see :func:`memnet.datasets.raw_data.read_raw_data`. From a NIfTI file of magnitudes fully sampled
     raw data are simulated, the same every time: of a volume with the first axis as the readout, or of the middle slice of a
     movie ``(x, y, slice, frame)``, or of the slice that the entry ``slice_index`` names.
 
@@ -85,7 +85,7 @@ class LoadKspaced(MapTransform):
         return d
 
     def _read(self, path: Path, slice_index: int | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-        raw = read_ismrmrd(path, slice_index)
+        raw = read_raw_data(path, slice_index)
         kspace, sampled = torch.from_numpy(raw.kspace), torch.from_numpy(raw.sampled)
         n_frames, n_z = kspace.shape[0], kspace.shape[4]
         if self.movie and (n_frames == 1 or n_z > 1):
@@ -96,7 +96,8 @@ class LoadKspaced(MapTransform):
             raise ValueError(f"{path}: holds {n_frames} frames and {n_z} steps along z; expected one 3D volume")
         if self.movie:
             return kspace[..., 0].movedim(0, 1).contiguous(), sampled[None, :, None, :, 0], raw.affine
-        return kspace_to_image(kspace[0], (1,)), sampled[0][None, None], raw.affine
+        volume = kspace[0] if raw.is_stack else kspace_to_image(kspace[0], (1,))
+        return volume, sampled[0][None, None], raw.affine
 
     def _simulate(self, path: Path, slice_index: int | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         if not path.is_file():

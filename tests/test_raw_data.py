@@ -1,0 +1,144 @@
+"""Raw data of fastMRI, CMRxRecon and BART are read as what they are, and damaged ones are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from memnet.datasets.bart import write_cfl
+from memnet.datasets.ismrmrd import write_ismrmrd
+from memnet.datasets.raw_data import read_raw_data
+from memnet.mri.fourier import image_to_kspace, kspace_to_image
+from memnet.transforms.kspace import LoadKspaced
+
+_HEADER = """<ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD"><encoding>
+<encodedSpace><matrixSize><x>16</x><y>9</y><z>1</z></matrixSize>
+<fieldOfView_mm><x>48</x><y>18</y><z>4.5</z></fieldOfView_mm></encodedSpace>
+<reconSpace><matrixSize><x>8</x><y>8</y><z>1</z></matrixSize>
+<fieldOfView_mm><x>24</x><y>16</y><z>4.5</z></fieldOfView_mm></reconSpace></encoding></ismrmrdHeader>"""
+
+
+def noise(*shape: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return (rng.normal(size=shape) + 1j * rng.normal(size=shape)).astype(np.complex64)
+
+
+def fastmri(path: Path, kspace: Any, header: str | None = _HEADER) -> None:
+    with h5py.File(path, "w") as file:
+        file["kspace"] = kspace
+        if header is not None:
+            file["ismrmrd_header"] = header
+
+
+def cmrxrecon(path: Path, kspace: np.ndarray, name: str = "kspace_full") -> None:
+    """Write ``(x, y, coils, slices, frames)`` as MATLAB does: dimensions turned about, parts in a compound."""
+    turned = kspace.transpose()
+    compound = np.zeros(turned.shape, dtype=[("real", "<f4"), ("imag", "<f4")])
+    compound["real"], compound["imag"] = turned.real, turned.imag
+    with h5py.File(path, "w") as file:
+        file[name] = compound
+
+
+def test_fastmri_is_a_stack_of_slices_without_oversampling(tmp_path: Path) -> None:
+    kspace = noise(3, 2, 16, 9)
+    kspace[..., 4] = 0
+    fastmri(tmp_path / "in.h5", kspace)
+    raw = read_raw_data(tmp_path / "in.h5")
+    assert raw.is_stack and raw.kspace.shape == (1, 2, 3, 8, 9) and raw.kspace.dtype == np.complex64
+    whole = kspace_to_image(torch.from_numpy(kspace), (-2,))[:, :, 4:12]
+    expected = image_to_kspace(whole, (-2,)).movedim(1, 0)
+    np.testing.assert_allclose(raw.kspace[0], expected.numpy(), atol=1e-5)
+    assert raw.sampled.shape == (1, 8, 9) and (raw.sampled == (np.arange(9) != 4)).all()
+    np.testing.assert_allclose(np.abs(np.diag(raw.affine)), [4.5, 3, 2, 1])
+    np.testing.assert_allclose(raw.affine @ [1, 4, 4, 1], [0, 0, 0, 1])
+
+
+def test_stacks_are_not_transformed_along_their_slices(tmp_path: Path) -> None:
+    kspace = noise(3, 2, 8, 9)
+    fastmri(tmp_path / "in.h5", kspace, None)
+    data = LoadKspaced("image")({"image": str(tmp_path / "in.h5")})
+    np.testing.assert_array_equal(data["kspace"].numpy(), kspace.swapaxes(0, 1))
+    assert data["mask"].shape == (1, 1, 8, 9)
+
+
+def test_a_single_coil_is_one_coil(tmp_path: Path) -> None:
+    fastmri(tmp_path / "in.h5", noise(3, 8, 9), None)
+    assert read_raw_data(tmp_path / "in.h5").kspace.shape == (1, 1, 3, 8, 9)
+
+
+def test_cmrxrecon_gives_the_frames_of_a_slice(tmp_path: Path) -> None:
+    kspace = noise(8, 6, 2, 3, 4)
+    kspace[:, 1::2, :, :, 0] = 0
+    cmrxrecon(tmp_path / "in.mat", kspace)
+    for index in (None, 2):
+        raw = read_raw_data(tmp_path / "in.mat", index)
+        chosen = kspace[:, :, :, 1 if index is None else index]
+        np.testing.assert_array_equal(raw.kspace[..., 0], chosen.transpose(3, 2, 0, 1))
+        assert raw.sampled.shape == (4, 6, 1)
+        assert raw.sampled[0, :, 0].tolist() == [True, False] * 3 and raw.sampled[1:].all()
+    data = LoadKspaced("image", movie=True)({"image": str(tmp_path / "in.mat"), "slice_index": 2})
+    np.testing.assert_array_equal(data["kspace"].numpy(), kspace[:, :, :, 2].transpose(2, 3, 0, 1))
+    assert data["mask"].shape == (1, 4, 1, 6)
+
+
+@pytest.mark.parametrize("n_frames", [1, 4])
+def test_bart_gives_a_volume_or_frames(n_frames: int, tmp_path: Path) -> None:
+    values = noise(8, 6, 5, 2, 1, 1, 1, 1, 1, 1, n_frames)
+    write_cfl(tmp_path / "in", values)
+    raw = read_raw_data(tmp_path / "in.cfl")
+    np.testing.assert_array_equal(raw.kspace, values.reshape(8, 6, 5, 2, n_frames).transpose(4, 3, 0, 1, 2))
+    assert raw.sampled.shape == (n_frames, 6, 5) and raw.sampled.all() and not raw.is_stack
+
+
+def test_ismrmrd_is_known_by_its_content(tmp_path: Path) -> None:
+    kspace = noise(1, 2, 4, 6, 5)
+    write_ismrmrd(tmp_path / "in.h5", kspace, np.ones((1, 6, 5), bool), np.eye(4))
+    np.testing.assert_array_equal(read_raw_data(tmp_path / "in.h5").kspace, kspace)
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def not_finite(*shape: int) -> np.ndarray:
+    values = noise(*shape)
+    values.flat[3] = np.nan
+    return values
+
+
+def without_a_coil(axis: int, *shape: int) -> np.ndarray:
+    values = noise(*shape)
+    np.moveaxis(values, axis, 0)[1] = 0
+    return values
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("in.h5", lambda p: None, "no such file"),
+        ("in.h5", lambda p: (fastmri(p, noise(3, 2, 64, 64)), cut(p)), "damaged"),
+        ("in.h5", lambda p: fastmri(p, np.ones((3, 2, 8, 9))), "expected complex"),
+        ("in.h5", lambda p: fastmri(p, noise(3, 2, 8, 9, 2)), "expected complex"),
+        ("in.h5", lambda p: fastmri(p, not_finite(3, 2, 8, 9)), "not finite"),
+        ("in.h5", lambda p: fastmri(p, without_a_coil(1, 3, 2, 8, 9)), "coil 1 of 2 is zero"),
+        ("in.mat", lambda p: p.write_bytes(b"MATLAB 5.0 MAT-file"), "version 7.3"),
+        ("in.mat", lambda p: cmrxrecon(p, noise(8, 6, 2, 3, 4), "img"), "one variable kspace"),
+        ("in.mat", lambda p: cmrxrecon(p, noise(8, 6, 2, 3)), r"shape \(8, 6, 2, 3\)"),
+        ("in.mat", lambda p: cmrxrecon(p, noise(8, 6, 2, 2, 4)), "no slice 2"),
+        ("in.mat", lambda p: cmrxrecon(p, without_a_coil(2, 8, 6, 2, 3, 4)), "coil 1 of 2 is zero"),
+        ("in.cfl", lambda p: write_cfl(p, noise(8, 6, 5, 2, 2)), "dimension 4"),
+        ("in.cfl", lambda p: (write_cfl(p, noise(8, 6, 5, 2)), cut(p)), "truncated"),
+    ],
+)
+def test_what_cannot_be_read_is_told(name: str, make: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_raw_data(tmp_path / name, 2)
+    assert name in str(caught.value)
