@@ -321,3 +321,15 @@ def test_datalist_of_files_that_hold_all_modalities_is_refused(tmp_path: Path) -
     volumes = ["a.nii.gz:1", "a.nii.gz:2", "a.nii.gz:3", "a.nii.gz:0"]
     path.write_text(json.dumps({"modality": declared, "training": [{"image": volumes, "label": "b.nii.gz"}]}))
     assert read_datalist(path)["training"][0]["image"] == [str(tmp_path / volume) for volume in volumes]
+
+
+def test_image_of_four_volumes_is_one_subject(write_nifti: Callable[..., Path]) -> None:
+    modalities = dict.fromkeys(("T1", "T1c", "T2", "FLAIR"))
+    path = write_nifti("patient_T1.nii.gz", np.ones((3, 4, 5, 4), np.float32))
+    assert list_scans(modalities, image=path) == [{"image": [path], "output_name": "patient_T1"}]
+    # where a modality is named the file is one of it, which the reader then refuses
+    assert list_scans(modalities, image=path, modality="T2")[0]["image"] == [None, None, path, None]
+    volumes = list_scans({**modalities, "T1": f"{path}:1", "FLAIR": f"{path}:0"})
+    assert volumes == [{"image": [f"{path}:1", None, None, f"{path}:0"], "output_name": "patient_T1"}]
+    with pytest.raises(ValueError, match="absent.nii:0: no such file"):
+        list_scans({**modalities, "T1": "absent.nii:0"})

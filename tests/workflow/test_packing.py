@@ -143,3 +143,13 @@ def test_keeps_what_was_packed_before(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no wheel of memnet"):
         pack_bundle(bundle, tmp_path / "other", wheel=tmp_path / "memnet-0.0.1-py3-none-any.whl")
     assert folder.is_dir() and not (tmp_path / "other").exists()
+
+
+def test_archive_that_points_out_of_its_folder_is_refused(bundle: Path, tmp_path: Path) -> None:
+    """MONAI unpacks; memnet reads no archive itself."""
+    _, archive = pack_bundle(bundle, tmp_path / "packed")
+    with zipfile.ZipFile(archive, "a") as packed:
+        packed.writestr(f"{bundle.name}/../../outside.txt", "")
+    with pytest.raises(ValueError, match="Unsafe path"):
+        monai.bundle.download(bundle.name, url=archive.as_uri(), bundle_dir=tmp_path / "elsewhere", progress=False)
+    assert not list(tmp_path.rglob("outside.txt"))
