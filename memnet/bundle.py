@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -250,10 +251,13 @@ def _at(config: dict[str, Any], path: tuple[str, ...]) -> Any:
     return found
 
 
-def _parameters(target: str) -> set[str]:
+def _parameters(target: Any) -> set[str]:
     """Return the arguments that a component takes; ``**`` stands for any."""
-    if not isinstance(target, str) or target.startswith("$"):
-        return {"**"}
+    return _parameters_of(target) if isinstance(target, str) and not target.startswith("$") else {"**"}
+
+
+@cache
+def _parameters_of(target: str) -> set[str]:
     try:
         name = ConfigComponent({"_target_": target}).resolve_module_name()
         module, _, attribute = name.rpartition(".")

@@ -102,7 +102,7 @@ def existing_folder(path: str | Path, expected: str) -> Path:
     Raises:
         ValueError: if it does not exist.
     """
-    folder = Path(path)
+    folder = Path(str(path))  # a command line makes a number of a folder that is called 100307
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected {expected}")
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,9 @@ __all__ = [
 ]
 
 MODALITIES = ("T1", "T2")
+_MOST_VOXELS = 2**28
+_SIDES, _FARTHEST = (1e-3, 1e3), 1e5  # of voxels, and of the first one from the origin, mm
+_MOST_COMPRESSED = 1100  # times that gzip makes zeros smaller, and a little more
 
 
 def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
@@ -70,8 +74,15 @@ def _checked(path: str | Path, values: np.ndarray, affine: np.ndarray, constant:
     if values.size == 0 or (values.min() == values.max() and not constant):
         value = values.flat[0] if values.size else "missing"
         raise ValueError(f"{path}: every voxel is {value}; there is nothing to see in it")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    is_regular = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) >= 1e-9
+    if not is_regular or not np.isfinite(nib.io_orientation(affine)).all():
         raise ValueError(f"{path}: its affine is not invertible, so that voxel size and orientation are unknown")
+    sides, origin = np.linalg.norm(affine[:3, :3], axis=0), affine[:3, 3]
+    if sides.min() < _SIDES[0] or sides.max() > _SIDES[1] or np.abs(origin).max() > _FARTHEST:
+        told = " x ".join(f"{side:.3g}" for side in sides), ", ".join(f"{x:.3g}" for x in origin)
+        raise ValueError(
+            f"{path}: its affine has voxels of {told[0]} mm at {told[1]} mm, which is no scan; is it damaged?"
+        )
     meta = {
         "filename_or_obj": str(path),
         "original_affine": affine,
@@ -93,7 +104,11 @@ def _read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = nib.load(file)
         shape = tuple(image.shape)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
+        stored = Path(image.file_map["image"].filename or file)
+        n_bytes = prod(shape) * image.get_data_dtype().itemsize
+        if n_bytes > stored.stat().st_size * (_MOST_COMPRESSED if stored.suffix == ".gz" else 1):
+            raise ValueError(f"its header speaks of {n_bytes} bytes, {stored.name} is cut short")
+    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not a NIfTI (or Analyze) image, or damaged ({_first_line(error)})") from error
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -104,7 +119,7 @@ def _read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         part = image.dataobj if volume is None else image.dataobj[:, :, :, int(volume)]
         values = np.asarray(part, dtype=np.float32).reshape(shape[:3])
-    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: cannot be read, cut short or damaged ({_first_line(error)})") from error
     return values, np.asarray(image.affine, dtype=np.float64)
 
@@ -276,16 +291,21 @@ class ToSpacingd(MapTransform, InvertibleTransform):
     Args:
         keys: the images, ``(C, D, H, W)`` MetaTensors.
         spacing: side of a voxel in mm.
+
+    Raises:
+        ValueError: the voxels' sides, as the file has them, make a volume of nothing or of more than 2^28 voxels.
     """
 
     def __init__(self, keys: KeysCollection, spacing: float = 1.0) -> None:
         super().__init__(keys)
+        self.side = spacing
         self.spacing = Spacing(pixdim=(spacing,) * 3, mode=GridSampleMode.BILINEAR, dtype=np.float32)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Resample."""
         d = dict(data)
         for key in self.key_iterator(d):
+            _require_sensible_size(d[key], self.side)
             d[key] = self.spacing(d[key])
         return d
 
@@ -357,6 +377,17 @@ def _onto_grid(volume: MetaTensor, reference: MetaTensor) -> torch.Tensor:
         names = f"{volume.meta['filename_or_obj']} and {reference.meta['filename_or_obj']}"
         raise ValueError(f"{names}: do not overlap in space according to their affines")
     return moved
+
+
+def _require_sensible_size(image: MetaTensor, side: float) -> None:
+    sides = np.linalg.norm(np.asarray(image.affine, dtype=np.float64)[:3, :3], axis=0)
+    sizes = [n * of_file / side for n, of_file in zip(image.shape[1:], sides, strict=True)]
+    if min(sizes) < 0.5 or float(np.prod(sizes)) > _MOST_VOXELS:
+        told = " x ".join(f"{s:.3g}" for s in sides)
+        raise ValueError(
+            f"{image.meta.get('filename_or_obj', 'image')}: has voxels of {told} mm, so that at {side:g} mm it would have "
+            f"{' x '.join(f'{size:.3g}' for size in sizes)} voxels; is its header right?"
+        )
 
 
 def _first_line(error: Exception) -> str:
