@@ -141,9 +141,10 @@ def input_error(error: BaseException | None) -> ValueError | None:
         if told:
             return ValueError(told[1])
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-            place = f"{error.filename}: " if error.filename else ""
-            advice = "" if error.errno in _FULL else "; give --output_dir a folder that can be written to"
-            return ValueError(f"{place}cannot be written ({error.strerror}){advice}")
+            place = f"{Path(os.fsdecode(error.filename))}: " if error.filename else ""
+            if error.errno in _FULL:
+                return ValueError(f"{place}cannot be written ({error.strerror})")
+            return ValueError(f"{place}{error.strerror}; outputs go where --output_dir says")
         if isinstance(error, ValueError) and error.__traceback__ is not None:
             raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
             if raised_in.startswith(_PACKAGE):
