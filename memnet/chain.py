@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,6 +11,7 @@ from monai.data import MetaTensor
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from memnet.budget import FitBeforehand, fit_to_budget, parse_bytes
 from memnet.grid import OutOfRangeError, as_stream, check_range, round_to_grid
 from memnet.invertible import DriftError, Invertible, Recorded
 from memnet.recompute import Gradients, Replay, SideEffects, accumulate, replay_with_grad
@@ -32,38 +34,49 @@ class Chain(nn.ModuleList):
     checkpoint    the inputs of sqrt(L) segments         O(sqrt L)                 2
     recursive     the input                              O(log L)                  O(log L)
     invert        the output                             O(1)                      2
+    auto          what fits ``memory_budget``            at most the budget        1 to 2
     ============  =====================================  ========================  ====================
+
+    ``auto`` stores the activations of some blocks and inverts the others (where blocks have no exact inverse: keeps
+    checkpoints), see :func:`memnet.budget.fit_to_budget`.
 
     Args:
         blocks: modules from ``forward(*state)`` to the next state, a tensor or a tuple of tensors. ``invert`` needs
             :class:`memnet.Invertible` blocks.
-        memory: the strategy; the attribute ``memory`` may be set at any time.
+        memory: the strategy, or ``"auto"``; the attribute ``memory`` may be set at any time.
         segment: blocks between checkpoints under ``checkpoint``; the square root of their number where None.
         on_drift: what ``invert`` does where an inverse that is only approximate leaves its tolerance: ``"raise"``, or
             ``"rerun"`` the chain from its input, which is then kept, too, as ``recursive`` does.
+        memory_budget: bytes that may be alive at once in the chain's forward and backward pass under ``auto``, such as
+            ``"12GiB"``; None where the network around the chain has the budget.
+
+    Attributes:
+        stored: under ``auto``, the places of the blocks whose activations are stored.
 
     Raises:
         ValueError: there are no blocks, ``memory`` is unknown or does not fit the blocks, ``segment`` is less than 1,
-            ``on_drift`` is unknown, or blocks disagree on ``fraction_bits``.
+            ``on_drift`` is unknown, ``memory_budget`` is no amount of memory, or blocks disagree on ``fraction_bits``.
         memnet.DriftError: at run time under ``invert``, see ``on_drift``.
 
     Warns:
         UserWarning: under ``invert``, a stream is not finite or leaves the range of its grid (see :mod:`memnet.grid`), in
-            which inversion is exact. That step runs, once more, with ``checkpoint``: exact too, in more memory.
+            which inversion is exact. That step runs, once more, with ``checkpoint``: exact too, in more memory. Under
+            ``auto``, the budget is too small even where nothing is stored.
 
     References:
         Training deep nets with sublinear memory cost (Chen et al., 2016), https://arxiv.org/abs/1604.06174
         The reversible residual network (Gomez et al., 2017), https://arxiv.org/abs/1707.04585
     """
 
-    __jit_unused_properties__ = ["memory"]
+    __jit_unused_properties__ = ["memory", "stored", "exact"]
 
     def __init__(
         self,
         blocks: Iterable[nn.Module],
-        memory: Memory = "store",
+        memory: Memory | Literal["auto"] = "store",
         segment: int | None = None,
         on_drift: Literal["raise", "rerun"] = "raise",
+        memory_budget: int | str | None = None,
     ) -> None:
         super().__init__(blocks)
         if len(self) == 0:
@@ -79,17 +92,21 @@ class Chain(nn.ModuleList):
         self.fraction_bits: int | None = bits.pop() if bits else None
         self.segment = segment
         self.on_drift = on_drift
+        if memory_budget is not None:
+            parse_bytes(memory_budget)
+        self.memory_budget = memory_budget
+        self._rounds = True
         self.memory = memory
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> Memory | Literal["auto"]:
         """The memory strategy."""
         return self._memory
 
     @memory.setter
-    def memory(self, memory: Memory) -> None:
-        if memory not in get_args(Memory):
-            raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {memory!r}")
+    def memory(self, memory: Memory | Literal["auto"]) -> None:
+        if memory != "auto" and memory not in get_args(Memory):
+            raise ValueError(f"memory must be one of auto, {', '.join(get_args(Memory))}, got {memory!r}")
         if memory == "invert":
             for i, block in enumerate(self):
                 if not isinstance(block, Invertible | Chain):
@@ -97,12 +114,31 @@ class Chain(nn.ModuleList):
                 if isinstance(block, Chain):
                     block.memory = "invert"
         self._memory = memory
+        if memory == "auto":
+            self.stored = frozenset()
+
+    @property
+    def stored(self) -> frozenset[int]:
+        """Under ``auto``, the places of the blocks whose activations are stored."""
+        return self._stored
+
+    @stored.setter
+    def stored(self, stored: frozenset[int]) -> None:
+        self._stored = stored
+        for i, block in enumerate(self):
+            if isinstance(block, Chain):
+                block.memory = "store" if i in stored else "invert" if block.exact else "checkpoint"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the inverse of every block gives the input back bit for bit."""
+        return all(isinstance(block, Invertible | Chain) and block.exact for block in self)
 
     @torch.jit.unused
     def __getitem__(self, index: int | slice):
         """Return a block, or a chain of the sliced blocks."""
         if isinstance(index, slice):
-            return Chain(list(self)[index], self.memory, self.segment, self.on_drift)
+            return Chain(list(self)[index], self.memory, self.segment, self.on_drift, self.memory_budget)
         return super().__getitem__(index)
 
     @torch.jit.unused
@@ -117,6 +153,8 @@ class Chain(nn.ModuleList):
         """
         if self.memory == "store" or not _differentiates(self, state):
             return _unpack(self._run(*state))
+        if self.memory == "auto":
+            fit_to_budget(self, self.memory_budget, state)
         template = next((x for x in state if isinstance(x, MetaTensor)), None)
         plain = [x.as_tensor() if isinstance(x, MetaTensor) else x for x in state]
         outputs = _strategies[self.memory](self, plain)
@@ -148,7 +186,7 @@ class Chain(nn.ModuleList):
     def _on_grid(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
         # What enters must lie on the grid; from then on every block keeps it there.
         bits = self.fraction_bits
-        if bits is None:
+        if bits is None or not self._rounds:
             return state
         return [round_to_grid(as_stream(x), bits) if x.is_floating_point() else x for x in state]
 
@@ -201,24 +239,45 @@ class Chain(nn.ModuleList):
         return held.pop(), held.pop(), parameter_gradients
 
 
-def set_memory(module: nn.Module, memory: Memory) -> nn.Module:
+def set_memory(
+    module: nn.Module, memory: Memory | Literal["auto"], budget: int | float | str | None = None
+) -> nn.Module:
     """Switch every chain inside a module to a memory strategy, and return the module.
 
     A network with a ``memory`` of its own is switched by that, since it may hold chains that keep theirs.
 
+    Args:
+        module: a network, or what contains some.
+        memory: the strategy, or ``"auto"``.
+        budget: under ``auto``, the bytes that may be alive at once in the module's forward and backward pass, such as
+            ``"12GiB"``; see :func:`memnet.budget.fit_to_budget`.
+
     Raises:
-        ValueError: a chain does not support it, or the module has no chain.
+        ValueError: a chain does not support it, the module has no chain, or ``auto`` comes without a budget or another
+            strategy with one.
     """
+    if (memory == "auto") != (budget is not None):
+        raise ValueError(f'memory="auto" needs a budget, and nothing else does, got {memory!r} and {budget!r}')
+    if budget is not None:
+        parse_bytes(budget)
+    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, FitBeforehand)]:
+        del module._forward_pre_hooks[key]
     if not _switch(module, memory):
         raise ValueError(f"{type(module).__name__} has no memnet.Chain")
+    if hasattr(module, "memory_budget"):
+        module.memory_budget = budget  # type: ignore[assignment]
+    elif budget is not None:
+        module.register_forward_pre_hook(FitBeforehand(budget))
     return module
 
 
-def _switch(module: nn.Module, memory: Memory) -> bool:
+def _switch(module: nn.Module, memory: Memory | Literal["auto"]) -> bool:
     own = isinstance(getattr(type(module), "memory", None), property)
     if own:
         setattr(module, "memory", memory)  # noqa: B010 (nn.Module has no such attribute to a type checker)
-        if not isinstance(module, Chain):
+        if hasattr(module, "memory_budget"):
+            module.memory_budget = None  # type: ignore[assignment]
+        if not isinstance(module, Chain) or memory == "auto":
             return True
     return any([_switch(child, memory) for child in module.children()]) or own
 
@@ -368,12 +427,22 @@ def _recursive(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, .
     return _rerun(list(chain), 1, tuple(chain._on_grid(state)))
 
 
+def _auto(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    current = tuple(chain._on_grid(state))
+    for stored, places in groupby(range(len(chain)), key=lambda i: i in chain.stored):
+        part = Chain([chain[i] for i in places], "store", chain.segment, chain.on_drift)
+        part._rounds = False  # the state is on the grid already
+        part.memory = "store" if stored else "invert" if part.exact else "checkpoint"
+        current = _pack(part(*current))
+    return current
+
+
 def _rerun(blocks: list[nn.Module], leaf: int, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     parameters = list(dict.fromkeys(p for block in blocks for p in block.parameters()))
     return _Rerun.apply(blocks, leaf, len(state), parameters, *state, *parameters)
 
 
-_strategies = {"checkpoint": _checkpoint, "recursive": _recursive, "invert": _invert}
+_strategies = {"checkpoint": _checkpoint, "recursive": _recursive, "invert": _invert, "auto": _auto}
 
 
 def _differentiates(chain: Chain, state: tuple[torch.Tensor, ...]) -> bool:

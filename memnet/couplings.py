@@ -48,6 +48,7 @@ class AdditiveCoupling(Invertible):
         self.f = f
         self.g = g
         self.fraction_bits = fraction_bits
+        self.exact = fraction_bits is not None
 
     @torch.jit.export
     def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -38,9 +38,11 @@ class Invertible(nn.Module):
     Attributes:
         fraction_bits: the grid on which the block's additions are exact (see :mod:`memnet.grid`), or None if the block
             adds nothing.
+        exact: whether the inverse gives the input back bit for bit.
     """
 
     fraction_bits: int | None = None
+    exact: bool = True
 
     @torch.jit.unused
     def forward(self, *state: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:

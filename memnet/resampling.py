@@ -147,6 +147,7 @@ class _Resampling(Invertible):
         self.n_streams = n_streams
         # A bare shuffle moves values and adds nothing: exact on any grid.
         self.fraction_bits = fraction_bits if learned else None
+        self.exact = not learned or fraction_bits is not None
         size = 2**spatial_dims
         mixings = [
             OrthogonalMixing(channels_down, size, not self.downwards) for _ in range(n_streams if learned else 0)

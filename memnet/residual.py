@@ -32,6 +32,8 @@ class InvertibleResidual(Invertible):
         Invertible residual networks (Behrmann et al., 2019), https://arxiv.org/abs/1811.00995
     """
 
+    exact = False
+
     def __init__(
         self,
         f: nn.Module,

@@ -123,7 +123,7 @@ def test_set_memory_switches_every_chain_in_a_module():
 
 
 def test_unknown_memory_is_refused():
-    with pytest.raises(ValueError, match="store, checkpoint, recursive, invert, got 'magic'"):
+    with pytest.raises(ValueError, match="auto, store, checkpoint, recursive, invert, got 'magic'"):
         Chain(couplings(1), "magic")
 
 

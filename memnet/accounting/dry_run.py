@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["DryRun", "dry_run"]
+__all__ = ["DryRun", "Ledger", "dry_run", "simulation"]
 
 _ATEN = torch.ops.aten
 # What an operation whose result depends on the data is taken to return: a stream in range, a residual that is not yet small,
@@ -24,6 +25,7 @@ _STAND_INS: dict[Any, Any] = {_ATEN._local_scalar_dense.default: 1, _ATEN.equal.
 _COUNTED = {_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step}  # loops run over their values
 _ENGINE_REFERENCES = 6  # to a tensor in this module that the caller of an operation does not hold
 _SLOW_BELOW = 20480  # batch * channels * depth * height up to which PyTorch's CPU convolution unfolds its input
+_BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # of channels that oneDNN keeps together
 
 
 class DryRun(NamedTuple):
@@ -56,17 +58,26 @@ def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor
     Raises:
         RuntimeError: an operation of the network needs the values of its tensors in a way that no stand-in can serve.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with simulation():
         run, parameters = make()
-        ledger = _Ledger()
+        ledger = Ledger()
         with ledger:
             result = run()
         del result
         return DryRun(ledger.peak(parameters), ledger.flops)
 
 
-class _Ledger(TorchDispatchMode):
-    """Books each storage when an operation returns it, and cancels it when nothing refers to it any more."""
+def simulation() -> AbstractContextManager[Any]:
+    """Return a context in which tensors have no data."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class Ledger(TorchDispatchMode):
+    """Books each storage when an operation returns it, and cancels it when nothing refers to it any more.
+
+    Attributes:
+        flops: floating-point operations of matrix products and convolutions so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +107,7 @@ class _Ledger(TorchDispatchMode):
         for x in tree_leaves(outputs):
             if isinstance(x, torch.Tensor) and _key(x.untyped_storage()) not in old:
                 self._book(x.untyped_storage())
-        inside = _unfolded_bytes(func, args)
+        inside = _bytes_inside(func, args)
         if inside:
             place = len(self._bookings)
             self._bookings += [(place, inside), (place, -inside)]
@@ -146,21 +157,34 @@ def _key(storage: torch.UntypedStorage) -> int:
     return StorageWeakRef(storage).cdata
 
 
-def _unfolded_bytes(func: Any, args: Any) -> int:
-    """Return the bytes into which PyTorch's own convolution on a CPU unfolds a small float32 input, for the time it runs."""
+def _bytes_inside(func: Any, args: Any) -> int:
+    """Return the bytes that a CPU's convolution takes for the time it runs, besides its result.
+
+    PyTorch's own unfolds a small float32 input; oneDNN's copies what is not in channels-last order into its own.
+    """
     if func is _ATEN.convolution.default:
-        x, weight = args[:2]
-        shape = x.shape
+        (x, weight), gradient = args[:2], None
     elif func is _ATEN.convolution_backward.default:
-        x, weight = args[1:3]
-        shape = args[0].shape
+        gradient, x, weight = args[:3]
     else:
         return 0
-    if (
-        x.dtype != torch.float32
-        or x.shape[0] > 1
-        or prod(x.shape[1:-1]) > _SLOW_BELOW
-        or not 1 < max(weight.shape[2:]) <= 3
-    ):
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return 0
-    return prod(weight.shape[1:]) * prod(shape[2:]) * x.element_size()
+    width = max(weight.shape[2:])
+    if x.dtype == torch.float32 and x.shape[0] == 1 and prod(x.shape[1:-1]) <= _SLOW_BELOW and width <= 3:
+        shape = x.shape if gradient is None else gradient.shape
+        return prod(weight.shape[1:]) * prod(shape[2:]) * x.element_size() if width > 1 else 0
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if width == 1 or (channels_last is not None and x.is_contiguous(memory_format=channels_last)):
+        return 0
+    n_in, n_out = x.shape[1], weight.shape[0]
+    of_input, of_output = _padded(n_in) * x[:, 0].nbytes, _padded(n_out) * x[:, 0].nbytes
+    of_weight = _padded(n_in) * _padded(n_out) * weight[0, 0].nbytes
+    if gradient is not None:
+        wanted = args[-1][0]  # the input's gradient
+        return of_output + (of_input + of_weight - (x.nbytes if n_in < _BLOCK else 0) if wanted else 0)
+    return of_output + max(0, (of_input if n_in >= _BLOCK else 0) + of_weight - n_out * x[:, 0].nbytes)
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // _BLOCK) * _BLOCK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -15,11 +15,11 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from memnet.accounting.dry_run import dry_run
+from memnet.budget import parse_bytes
 from memnet.chain import Chain, Memory
 
-__all__ = ["Plan", "TrainingStep", "largest_patch", "parse_bytes", "read_override"]
+__all__ = ["Plan", "TrainingStep", "fill_budget", "largest_patch", "parse_bytes", "read_override"]
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 # losses whose target looks like the prediction; others take a label map of one channel
 _OF_ONE_SHAPE = (nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss)
@@ -97,13 +97,20 @@ class TrainingStep:
         self.strategies: list[str | None] = [None]
         if any(isinstance(module, Chain) for module in network.modules()):
             self.strategies = [memory for memory in get_args(Memory) if self._supports(memory)]
-        self._n_parameters = sum(p.numel() for p in network.parameters())
+        self.state = 4 * 4 * sum(p.numel() for p in network.parameters())
         self.in_channels = self._number(parser, f"{network_id}#in_channels", 1)
         self.batch = self._number(parser, "batch_size", 1) * self._number(parser, "patches_per_volume", 1)
         patch = parser.get_parsed_content("patch_size") if "patch_size" in parser else [64] * 3
         self.patch = tuple(patch)
 
-    def plan(self, memory: str | None, precision: str = "float32", patch: Sequence[int] = (), batch: int = 0) -> Plan:
+    def plan(
+        self,
+        memory: str | None,
+        precision: str = "float32",
+        patch: Sequence[int] = (),
+        batch: int = 0,
+        memory_budget: int | None = None,
+    ) -> Plan:
         """Simulate the step.
 
         Args:
@@ -111,6 +118,7 @@ class TrainingStep:
             precision: ``float32`` or ``bfloat16``.
             patch: spatial sizes, voxels; the config's where empty.
             batch: patches a step; the config's where 0.
+            memory_budget: bytes of the network's two passes, for ``auto``.
 
         Raises:
             ValueError: ``precision`` is unknown.
@@ -122,6 +130,8 @@ class TrainingStep:
 
         def make() -> tuple[Callable[[], object], Iterable[torch.Tensor]]:
             parser = self._parser(memory)
+            if memory_budget is not None:
+                parser[f"{self._network_id}#memory_budget"] = memory_budget
             network = parser.get_parsed_content(self._network_id).train()
             loss = parser.get_parsed_content(self._loss_id) if self._loss_id in parser else None
             image = torch.rand(batch, self.in_channels, *patch)
@@ -141,8 +151,7 @@ class TrainingStep:
             return run, list(network.parameters())
 
         found = dry_run(make)
-        state = 4 * 4 * self._n_parameters
-        return Plan(memory, precision, tuple(patch), batch, found.peak, state, found.flops)
+        return Plan(memory, precision, tuple(patch), batch, found.peak, self.state, found.flops)
 
     def _build_without_data(self, memory: str | None) -> nn.Module:
         with torch.device("meta"):
@@ -201,17 +210,35 @@ def largest_patch(
     return None
 
 
-def parse_bytes(text: str) -> int:
-    """Read a number of bytes such as ``12GiB``, ``800 MB`` or ``1e9``.
+def fill_budget(
+    step: TrainingStep, budget: int, precision: str, patch: Sequence[int] = (), batch: int = 0
+) -> tuple[Plan, int] | None:
+    """Find the ``memory_budget`` with which ``memory="auto"`` stores what fits, the loss and Adam's averages considered.
 
-    Raises:
-        ValueError: it is none.
+    Args:
+        step: the training step.
+        budget: bytes in all.
+        precision: see :meth:`TrainingStep.plan`.
+        patch: likewise.
+        batch: likewise.
+
+    Returns:
+        The plan and the ``memory_budget``, or None where the network does not know ``auto`` or nothing fits.
     """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    unit = found.group(2).upper() if found else ""
-    if not found or (unit not in _UNITS and unit + "B" not in _UNITS):
-        raise ValueError(f"{text!r} is no amount of memory; write 12GiB or 800MB")
-    return int(float(found.group(1)) * _UNITS.get(unit, _UNITS.get(unit + "B", 1)))
+    share = budget - step.state
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a share below the least
+        for _ in range(3):
+            if share <= 0:
+                break
+            try:
+                plan = step.plan("auto", precision, patch, batch, share)
+            except RuntimeError:  # MONAI's, around the network's own
+                break
+            if plan.total <= budget:
+                return plan, share
+            share -= plan.total - budget  # what the loss keeps
+    return None
 
 
 def add_parser(commands: Any) -> None:
@@ -247,6 +274,7 @@ def _run(arguments: argparse.Namespace) -> None:
     print("| `memory` | precision | patch | patches a step | activations, MiB | in all, MiB | operations |")
     print("|---|---|---|---|---|---|---|")
     best: Plan | None = None
+    lines: list[str] = []
     for precision in a.precision:
         for memory in strategies:
             plans = [step.plan(memory, precision, patch, a.batch) for patch in patches]
@@ -257,12 +285,18 @@ def _run(arguments: argparse.Namespace) -> None:
                     best = largest
             for plan in plans:
                 print(_row(plan, stored, budget), flush=True)
+        filled = fill_budget(step, budget, precision, patches[0], a.batch) if budget and "store" in strategies else None
+        if filled:
+            print(_row(filled[0], stored, budget), flush=True)
+            lines.append(f"{filled[0].overrides(a.network_id)} --{a.network_id}#memory_budget {filled[1]}")
     print()
     print("In all: with parameters, gradients and Adam's averages. Operations: to those of `store` at the same patch.")
     print("A GPU's convolutions and its context come on top.")
     if budget is not None:
         print()
         print(f"Fits in {a.budget}: {best.overrides(a.network_id)}" if best else f"Nothing fits in {a.budget}.")
+        for line in lines:
+            print(f"Recomputes no more than {a.budget} demands: {line}")
 
 
 def _row(plan: Plan, stored: dict[Any, float], budget: int | None) -> str:

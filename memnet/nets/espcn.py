@@ -1,13 +1,15 @@
 """Super-resolution by sub-pixel convolutions, and the same with stacks of reversible blocks between them."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from monai.networks.layers.factories import Conv, Norm
 from monai.networks.utils import pixelshuffle
 from torch import nn
 
-from memnet.chain import Chain, Memory
+from memnet.budget import fit_to_budget
+from memnet.chain import Chain, Memory, set_memory
 from memnet.couplings import AdditiveCoupling, ChannelMerge, ChannelSplit
 from memnet.grid import FRACTION_BITS
 
@@ -40,6 +42,7 @@ class ESPCNRevNet(nn.Module):
         memory: what backpropagation keeps, see :class:`memnet.Chain`.
         fraction_bits: see :class:`memnet.AdditiveCoupling`; inputs should be of magnitude 1, as diffusivities in um^2/ms are.
         identity_start: begin with stacks that change nothing, that is as ESPCN: the last convolution of each branch is zero.
+        memory_budget: bytes for forward and backward pass under ``memory="auto"``, such as ``"12GiB"``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -61,9 +64,10 @@ class ESPCNRevNet(nn.Module):
         upsampling_rate: int = 2,
         n_blocks: int = 4,
         channels: Sequence[int] = (50, 100),
-        memory: Memory = "invert",
+        memory: Memory | Literal["auto"] = "invert",
         fraction_bits: int | None = FRACTION_BITS,
         identity_start: bool = False,
+        memory_budget: int | str | None = None,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -89,21 +93,22 @@ class ESPCNRevNet(nn.Module):
                 self.layers.append(stack)
             is_last = i == len(_KERNELS) - 1
             self.layers.append(Chain([_Convolution(spatial_dims, n_in, n_out, kernel, not is_last)], segment=1))
-        self.memory = memory
+        self.memory_budget: int | str | None = None
+        set_memory(self, memory, memory_budget)
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> Memory | Literal["auto"]:
         """The memory strategy of the stacks; convolutions with an activation run again under all but ``store``."""
         return self._memory
 
     @memory.setter
-    def memory(self, memory: Memory) -> None:
+    def memory(self, memory: Memory | Literal["auto"]) -> None:
         for layer in self.layers:
             assert isinstance(layer, Chain)
             if isinstance(layer[0], ChannelSplit):
                 layer.memory = memory
             elif len(layer[0]) > 1:  # a lone convolution keeps its input and no more as it is
-                layer.memory = "store" if memory == "store" else "checkpoint"
+                layer.memory = memory if memory in ("store", "auto") else "checkpoint"
         self._memory = memory
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,6 +129,8 @@ class ESPCNRevNet(nn.Module):
                 f"expected an input of shape (B, {self.in_channels}) and {self.spatial_dims} spatial sizes of at least 5 "
                 f"voxels, got {x.shape}"
             )
+        if not torch.jit.is_scripting():
+            fit_to_budget(self, self.memory_budget, [x])
         for layer in self.layers:
             x = layer.plain([x])[0] if torch.jit.is_scripting() else layer(x)
         return pixelshuffle(x, self.spatial_dims, self.upsampling_rate)
@@ -139,6 +146,7 @@ class ESPCN(ESPCNRevNet):
         upsampling_rate: refinement of the grid along each axis, an integer.
         channels: channels after the first and after the second convolution.
         memory: ``store``, or one of the others to run the convolutions again in the backward pass.
+        memory_budget: bytes for forward and backward pass under ``memory="auto"``, such as ``"12GiB"``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -155,9 +163,11 @@ class ESPCN(ESPCNRevNet):
         out_channels: int | None = None,
         upsampling_rate: int = 2,
         channels: Sequence[int] = (50, 100),
-        memory: Memory = "store",
+        memory: Memory | Literal["auto"] = "store",
+        memory_budget: int | str | None = None,
     ) -> None:
-        super().__init__(spatial_dims, in_channels, out_channels, upsampling_rate, 0, channels, memory)
+        arguments = spatial_dims, in_channels, out_channels, upsampling_rate, 0, channels, memory
+        super().__init__(*arguments, memory_budget=memory_budget)
 
 
 def _stack(spatial_dims: int, channels: int, n_blocks: int, fraction_bits: int | None) -> Chain:

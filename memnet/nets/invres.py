@@ -1,6 +1,7 @@
 """Partially and fully invertible residual U-Nets for volumetric segmentation."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from monai.networks.blocks import Convolution
@@ -8,7 +9,7 @@ from monai.networks.layers.factories import Conv, Pool
 from torch import nn
 from torch.nn import functional
 
-from memnet.chain import Chain, Memory
+from memnet.chain import Chain, Memory, set_memory
 from memnet.couplings import AdditiveCoupling, ChannelMerge, ChannelSplit
 from memnet.invertible import Invertible
 from memnet.nets.segmentation import SegmentationNetwork, level_widths, norm_act_conv
@@ -36,6 +37,7 @@ class FullyInvResUNet(SegmentationNetwork):
         downsampling: ``learned`` (orthogonal, Haar at first) or ``shuffle``.
         memory: see :class:`memnet.Chain`; may be set on the network at any time.
         vae: add the variational branch in training.
+        memory_budget: bytes for forward and backward pass under ``memory="auto"``, such as ``"12GiB"``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -55,8 +57,9 @@ class FullyInvResUNet(SegmentationNetwork):
         n_couplings: int | Sequence[int] = 2,
         share_down: float = 0.25,
         downsampling: str = "learned",
-        memory: Memory = "invert",
+        memory: Memory | Literal["auto"] = "invert",
         vae: bool = False,
+        memory_budget: int | str | None = None,
     ) -> None:
         if channels < 4 or channels % 2 != 0:
             raise ValueError(f"channels must be even and at least 4, got {channels}")
@@ -91,7 +94,7 @@ class FullyInvResUNet(SegmentationNetwork):
         self.split = ChannelSplit()
         self.body = Chain(blocks)
         self.heads = nn.ModuleList([conv(channels // 2, out_channels, 1, bias=i == 0) for i in range(2)])
-        self.memory = memory
+        set_memory(self, memory, memory_budget)
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Map a padded image to the logits and the two deepest streams."""
@@ -119,6 +122,7 @@ class PartiallyInvResUNet(SegmentationNetwork):
             for each, the finest first.
         memory: see :class:`memnet.Chain`.
         vae: add the variational branch in training.
+        memory_budget: bytes for forward and backward pass under ``memory="auto"``, such as ``"12GiB"``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -135,8 +139,9 @@ class PartiallyInvResUNet(SegmentationNetwork):
         channels: int = 32,
         n_levels: int = 4,
         n_couplings: int | Sequence[int] = 2,
-        memory: Memory = "invert",
+        memory: Memory | Literal["auto"] = "invert",
         vae: bool = False,
+        memory_budget: int | str | None = None,
     ) -> None:
         if channels < 4 or channels % 2 != 0:
             raise ValueError(f"channels must be even and at least 4, got {channels}")
@@ -165,7 +170,7 @@ class PartiallyInvResUNet(SegmentationNetwork):
         self.narrow = nn.ModuleList([conv(b, a, 1) for a, b in zip(widths, widths[1:], strict=False)][::-1])
         self.decoder = nn.ModuleList([level(width, count) for width, count in levels[-2::-1]] if n_levels > 1 else [])
         self.head = conv(channels, out_channels, 1)
-        self.memory = memory
+        set_memory(self, memory, memory_budget)
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Map a padded image to the logits and the deepest features."""

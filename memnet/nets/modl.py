@@ -46,6 +46,7 @@ class _Step(Invertible):
 
     name: str
     drift_tolerance: float
+    exact = False
 
     def pull_back(
         self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]

@@ -1,10 +1,13 @@
 """What the segmentation networks share: any input size, the regularising branch, the memory strategy."""
 
+from typing import Literal
+
 import torch
 from monai.networks.layers.factories import Conv
 from torch import nn
 from torch.nn import functional
 
+from memnet.budget import fit_to_budget
 from memnet.chain import Chain, Memory
 from memnet.nets.vae import VariationalBranch
 from memnet.normalization import NormLeakyReLU
@@ -45,6 +48,9 @@ class SegmentationNetwork(nn.Module):
         vae: add the variational branch in training.
         deepest_channels: channels of the deepest features, which the branch takes.
 
+    Attributes:
+        memory_budget: bytes for the network's forward and backward pass under ``memory="auto"``, such as ``"12GiB"``.
+
     Raises:
         ValueError: an argument is out of range.
     """
@@ -62,17 +68,18 @@ class SegmentationNetwork(nn.Module):
             raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
+        self.memory_budget: int | str | None = None
         # Twice the resampling factor leaves two voxels at the deepest level, the least that instance norm can normalise.
         self.multiple = 2 ** (n_levels - 1)
         self.vae = VariationalBranch(spatial_dims, deepest_channels, in_channels, n_levels - 1) if vae else None
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> Memory | Literal["auto"]:
         """The memory strategy of the network's chains; see :class:`memnet.Chain`."""
         return self._memory
 
     @memory.setter
-    def memory(self, memory: Memory) -> None:
+    def memory(self, memory: Memory | Literal["auto"]) -> None:
         for name, child in self.named_children():
             if name != "vae":  # the branch looks after itself
                 for chain in child.modules():
@@ -97,6 +104,8 @@ class SegmentationNetwork(nn.Module):
             raise ValueError(
                 f"expected an input of shape (B, {self.in_channels}) and {self.spatial_dims} spatial sizes, got {x.shape}"
             )
+        if not torch.jit.is_scripting():
+            fit_to_budget(self, self.memory_budget, [x])
         padding: list[int] = []
         for i in range(self.spatial_dims):
             size = x.shape[x.dim() - 1 - i]

@@ -1,12 +1,14 @@
 """The 3D U-Net that the papers compare with."""
 
+from typing import Literal
+
 import torch
 from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv, Pool
 from torch import nn
 from torch.nn import functional
 
-from memnet.chain import Chain, Memory
+from memnet.chain import Chain, Memory, set_memory
 from memnet.nets.segmentation import SegmentationNetwork, level_widths
 
 __all__ = ["UNet3D"]
@@ -21,9 +23,10 @@ class UNet3D(SegmentationNetwork):
         out_channels: number of classes, background included.
         channels: channels at full resolution, doubled at each level.
         n_levels: resolutions.
-        memory: ``store`` (the papers' baseline), ``checkpoint`` (each level's convolutions run again in the backward pass)
-            or ``recursive``; it has nothing to invert.
+        memory: ``store`` (the papers' baseline), ``checkpoint`` (each level's convolutions run again in the backward
+            pass), ``recursive`` or ``auto``; it has nothing to invert.
         vae: add the variational branch in training.
+        memory_budget: bytes for forward and backward pass under ``memory="auto"``, such as ``"12GiB"``.
 
     Raises:
         ValueError: an argument is out of range, or ``memory="invert"``.
@@ -40,8 +43,9 @@ class UNet3D(SegmentationNetwork):
         out_channels: int = 2,
         channels: int = 32,
         n_levels: int = 4,
-        memory: Memory = "store",
+        memory: Memory | Literal["auto"] = "store",
         vae: bool = False,
+        memory_budget: int | str | None = None,
     ) -> None:
         widths = level_widths(channels, n_levels)
         super().__init__(spatial_dims, in_channels, out_channels, n_levels, vae, widths[-1])
@@ -55,7 +59,7 @@ class UNet3D(SegmentationNetwork):
         self.head = Conv[Conv.CONV, spatial_dims](channels, out_channels, 1)
         if memory == "invert":
             raise ValueError('UNet3D has nothing to invert: memory must be "store", "checkpoint" or "recursive"')
-        self.memory = memory
+        set_memory(self, memory, memory_budget)
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Map a padded image to the logits and the deepest features."""

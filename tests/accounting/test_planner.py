@@ -13,7 +13,7 @@ from monai.bundle import ConfigParser
 
 from memnet.accounting.dry_run import dry_run
 from memnet.accounting.live_memory import peak_live_bytes
-from memnet.accounting.planner import TrainingStep, largest_patch, parse_bytes
+from memnet.accounting.planner import TrainingStep, fill_budget, largest_patch, parse_bytes
 from memnet.cli import main
 
 CONTENT: dict[str, Any] = {
@@ -126,6 +126,17 @@ def test_the_config_sets_what_is_not_said(config):
     assert (plan.patch, plan.batch) == ((24, 24, 24), 2)
     n_parameters = sum(p.numel() for p in ConfigParser(CONTENT).get_parsed_content("network_def").parameters())
     assert plan.total == plan.peak + 16 * n_parameters
+
+
+def test_a_budget_is_filled_by_storing_what_fits(config):
+    step = TrainingStep(config)
+    stored, inverted = step.plan("store"), step.plan("invert")
+    budget = (stored.total + inverted.total) // 2
+    plan, share = fill_budget(step, budget, "float32")
+    assert plan.total <= budget and share <= budget - step.state
+    assert inverted.peak < plan.peak and stored.flops < plan.flops < inverted.flops
+    assert fill_budget(step, inverted.total - (stored.total - inverted.total), "float32") is None
+    assert fill_budget(TrainingStep(config, {"network_def": PEER}), budget, "float32") is None
 
 
 def test_nothing_fits(config):
