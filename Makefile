@@ -1,6 +1,6 @@
 # One command a job, the same for a person and for CI. Everything is installed once, into .venv.
 .DELETE_ON_ERROR:
-.PHONY: demo test check label-server test-label clean
+.PHONY: demo test bench check label-server test-label clean
 
 BUNDLE := bundles/brain_mri_tissue_invres
 OUTPUT := demo
@@ -29,6 +29,10 @@ demo: .venv/installed
 # Two processes with a thread each beat one process with two threads: most tests are many small operations.
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+# Beside other libraries, where they are installed: see docs/benchmark.md.
+bench: .venv/installed
+	.venv/bin/python -m memnet bench --output_dir benchmark
 
 check: .venv/installed
 	.venv/bin/python -m ruff check .

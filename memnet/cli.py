@@ -8,6 +8,7 @@ from typing import Any
 from memnet import __version__
 from memnet.accounting import planner
 from memnet.benchmarks import comparison, depth, superresolution, superresolution_trials, training_memory, unrolled
+from memnet.benchmarks.peers import command as peers
 from memnet.bundle import input_error
 from memnet.datasets import diffusion_blocks, diffusion_copies
 from memnet.workflow import packing, reconstruction_scoring, scoring, tumor_scoring
@@ -25,6 +26,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     comparison.add_parser,
     depth.add_parser,
     unrolled.add_parser,
+    peers.add_parser,
     superresolution.add_parser,
     superresolution_trials.add_parser,
     diffusion_blocks.add_parser,

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from memnet.benchmarks.measurement import count_flops, measure_in_turn
+from memnet.benchmarks.measurement import measure_in_turn
 from memnet.benchmarks.records import write_whole
 from memnet.benchmarks.tables import machine, markdown_table, shown
 from memnet.chain import Chain, Memory
@@ -106,8 +106,7 @@ def measure_depths(
         for memory, network in chains.items():
             network.memory = memory
         for memory, cost in measure_in_turn(run, chains, rounds, device).items():
-            flops = count_flops(partial(run, chains[memory]))
-            costs.append(DepthCost(memory, depth, cost.peak, flops, cost.median))  # type: ignore[arg-type]
+            costs.append(DepthCost(memory, depth, cost.peak, cost.flops, cost.median))  # type: ignore[arg-type]
     return costs
 
 

@@ -26,10 +26,12 @@ class Cost:
     Attributes:
         peak: bytes alive at once in the forward and backward pass, parameters and their gradients apart.
         seconds: time of the step in each round: of the processor on a CPU, of the clock on a GPU.
+        flops: floating-point operations of its matrix products and convolutions; 0 where they were not counted.
     """
 
     peak: int
     seconds: tuple[float, ...] = ()
+    flops: int = 0
 
     @property
     def median(self) -> float:
@@ -47,7 +49,11 @@ class Cost:
 
 
 def measure_in_turn(
-    step: Callable[[Any], object], networks: Mapping[str, nn.Module], rounds: int, device: str = "cpu"
+    step: Callable[[Any], object],
+    networks: Mapping[str, nn.Module],
+    rounds: int,
+    device: str = "cpu",
+    warm_up: bool = True,
 ) -> dict[str, Cost]:
     """Measure a training step of several networks in one process.
 
@@ -57,10 +63,11 @@ def measure_in_turn(
         networks: what to measure, by name.
         rounds: each times one step of every network in turn; 0 measures memory alone.
         device: ``cpu`` or ``cuda``.
+        warm_up: begin with a step of each, in which libraries choose and load their kernels, and operations are counted.
     """
-    peaks = {}
+    peaks, flops = {}, {}
     for name, network in networks.items():
-        step(network)  # libraries choose and load their kernels in the first step
+        flops[name] = count_flops(partial(step, network)) if warm_up else 0
         network.zero_grad(set_to_none=True)
         peaks[name] = peak_live_bytes(partial(step, network), network.parameters(), device)
     clock = time.perf_counter if device == "cuda" else time.process_time
@@ -73,7 +80,7 @@ def measure_in_turn(
             step(network)
             _wait(device)
             seconds[name].append(clock() - begin)
-    return {name: Cost(peaks[name], tuple(seconds[name])) for name in networks}
+    return {name: Cost(peaks[name], tuple(seconds[name]), flops[name]) for name in networks}
 
 
 def count_flops(run: Callable[[], object]) -> int:

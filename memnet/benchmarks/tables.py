@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import platform
+import statistics
 from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = ["machine", "markdown_table", "shown"]
+__all__ = ["machine", "markdown_table", "shown", "shown_range"]
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -33,6 +34,14 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> 
 def shown(value: float | None, digits: int) -> str:
     """Return a number with so many digits after the point, ``-`` where there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def shown_range(values: Sequence[float], digits: int = 2) -> str:
+    """Return the median of numbers and, in brackets, the least and the greatest; ``-`` where there is none."""
+    if not values:
+        return "-"
+    median, least, greatest = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+    return f"{median} ({least}-{greatest})"
 
 
 def machine(device: str = "cpu") -> str:

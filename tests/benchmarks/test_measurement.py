@@ -27,6 +27,9 @@ def test_steps_are_measured_in_turn_and_leave_gradients():
     costs = measure_in_turn(step, networks, rounds=2)
     assert calls == ["narrow", "narrow", "wide", "wide", "narrow", "wide", "narrow", "wide"]
     assert [len(cost.seconds) for cost in costs.values()] == [2, 2]
+    assert [cost.flops for cost in costs.values()] == [
+        2 * 2 * 1000 * width for width in (1, 4)
+    ]  # no gradient of the input
     assert costs["wide"].peak - costs["narrow"].peak == 3 * 1000 * 4
     assert networks["narrow"].weight.grad is not None
 
