@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from memnet.whole_files import whole_file
 from memnet.workflow.legends import Legend
 from memnet.workflow.metrics import label_volumes
 
-__all__ = ["draw_overlay", "overlay_figure"]
+__all__ = ["draw_overlay", "overlay_figure", "write_png"]
 
 _BACKGROUND = "#101216"
 _MARGIN_MM = 12.0
@@ -24,7 +26,14 @@ def draw_overlay(scan: str | Path, labels: str | Path, target: str | Path, legen
     """Write :func:`overlay_figure` as a PNG file, complete or absent."""
     figure = overlay_figure(scan, labels, legend)
     with whole_file(target) as partial:
-        figure.savefig(partial, dpi=110, facecolor=_BACKGROUND, format="png")
+        write_png(figure, partial, 110)
+
+
+def write_png(figure: Any, target: Path | BytesIO, dpi: int) -> None:
+    """Write a figure on its own background; a file's name in an alphabet that the font lacks is no one's concern."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure.savefig(target, dpi=dpi, facecolor=figure.get_facecolor(), format="png")
 
 
 def overlay_figure(scan: str | Path, labels: str | Path, legend: Legend) -> Any:

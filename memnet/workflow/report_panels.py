@@ -16,7 +16,7 @@ from memnet.dicom import split_uid
 from memnet.diffusion.tensors import fractional_anisotropy
 from memnet.workflow.legends import LEGENDS
 from memnet.workflow.metrics import label_volumes
-from memnet.workflow.overlay import overlay_figure
+from memnet.workflow.overlay import overlay_figure, write_png
 from memnet.workflow.reporting import first_filled
 
 __all__ = ["ComparisonPanel", "ImagePanel", "LabelPanel", "ReportedCase", "TensorPanel"]
@@ -226,5 +226,5 @@ def _row(planes: Mapping[str, tuple[np.ndarray, Sequence[float]]], classes: Sequ
 
 def _png(figure: Any, dpi: int = _DPI) -> bytes:
     content = BytesIO()
-    figure.savefig(content, dpi=dpi, facecolor=_BACKGROUND, format="png")
+    write_png(figure, content, dpi)
     return content.getvalue()
