@@ -33,11 +33,13 @@ class Implementation(NamedTuple):
         build: from branches to a module of ``(B, C, D, H, W)`` to the same shape, whose couplings are
             ``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)`` of the two halves of the channels.
         packages: the distributions that it imports, module to ``name==version``.
+        takes_input: whether it frees the memory of its input, which must then be nobody else's.
     """
 
     title: str
     build: Callable[[Branches], nn.Module]
     packages: dict[str, str] = {}
+    takes_input: bool = False
 
     @property
     def missing(self) -> str | None:
@@ -151,9 +153,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "checkpoint_sqrt": Implementation(
         "torch checkpoint, sqrt(L) blocks", partial(_Couplings, lambda n: math.ceil(math.sqrt(n)))
     ),
-    "memcnn": Implementation("MemCNN", _memcnn, _MEMCNN),
+    "memcnn": Implementation("MemCNN", _memcnn, _MEMCNN, takes_input=True),
     "revtorch": Implementation("RevTorch", _revtorch, {"revtorch": "revtorch==0.2.4"}),
-    "iunets": Implementation("iUNets", _iunets, {"iunets": "iunets==0.1"} | _MEMCNN),
+    "iunets": Implementation("iUNets", _iunets, {"iunets": "iunets==0.1"} | _MEMCNN, takes_input=True),
     "revlib": Implementation("revlib", _revlib, {"revlib": "revlib==1.7.2"}),
     "store": Implementation("memnet `store`", partial(_memnet, "store")),
     "checkpoint": Implementation("memnet `checkpoint`", partial(_memnet, "checkpoint")),

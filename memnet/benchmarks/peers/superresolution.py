@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from memnet.benchmarks.measurement import Cost, measure_in_turn
@@ -61,5 +62,12 @@ def _network(n_blocks: int, name: str) -> nn.Module:
         assert isinstance(layer, Chain)
         branches = [(block.f, block.g) for block in layer if isinstance(block, AdditiveCoupling)]
         if branches:
-            network.layers[i] = IMPLEMENTATIONS[name].build(branches)
+            stack = IMPLEMENTATIONS[name].build(branches)
+            # the activation before a stack needs its output for its own gradient
+            network.layers[i] = nn.Sequential(_Copy(), stack) if IMPLEMENTATIONS[name].takes_input else stack
     return network
+
+
+class _Copy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
