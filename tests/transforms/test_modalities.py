@@ -84,6 +84,13 @@ def test_four_modalities_in_one_image(host: str, four: np.ndarray, write_nifti: 
         assert torch.equal(read_volume(image.meta["shown"])[0], image[3])
 
 
+def test_empty_volume_is_no_modality(four: np.ndarray, write_nifti: Callable[..., Path]) -> None:
+    four[..., [0, 3]] = 0
+    path = write_nifti("four.nii.gz", four)
+    image = LoadModalitiesd("image", FOUR, lone=None, shown="FLAIR")({"image": str(path)})["image"]
+    assert image.meta["filename_or_obj"] == f"{path}:1" and "shown" not in image.meta
+
+
 def test_one_modality_in_memory(four: np.ndarray) -> None:
     image = LoadModalitiesd("image", FOUR, lone="FLAIR")({"image": four[..., 3]})["image"]
     np.testing.assert_array_equal(image[3], four[..., 3])
