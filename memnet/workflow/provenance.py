@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from memnet.chain import Chain
-
 __all__ = ["bundle_metadata", "provenance"]
 
 _PACKAGES = ("memnet", "torch", "monai", "pytorch-ignite", "numpy", "nibabel")
@@ -46,13 +44,14 @@ def provenance(
         What a person reads, by what it is called.
     """
     metadata, device = bundle_metadata(bundle_root), torch.device(device)
-    chains = [module for module in network.modules() if isinstance(module, Chain)]
+    told = (getattr(module, "memory", None) for module in network.modules())
+    memory = next((strategy for strategy in told if isinstance(strategy, str)), None)
     n_parameters = sum(p.numel() for p in network.parameters())
     made = {
         "command": _command(),
         "bundle": f"{Path(bundle_root).name} {metadata.get('version', 'of no version')}",
         "network": f"{type(network).__name__}, {n_parameters:,} parameters",
-        "memory strategy": f"{chains[0].memory} in training; here nothing is kept" if chains else "none",
+        "memory strategy": f"{memory} in training; here nothing is kept" if memory else "none",
     }
     if weights is not None and Path(weights).is_file():
         made["weights"] = f"{weights}, SHA-256 {_digest(weights)}"

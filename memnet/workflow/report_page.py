@@ -147,7 +147,7 @@ class ReportPage:
         elif self.cases:
             columns = list(dict.fromkeys(column for case in self.cases for column in case.numbers))
             rows = [[name, *(case.numbers.get(c, "") for c in columns)] for name, case in report.cases]
-            report.tables = [(f"{len(rows)} inputs", ["input", *columns], rows)]
+            report.tables = [("Input by input", ["input", *columns], rows)]
         report.made = {
             "begun": self.started.isoformat(sep=" ", timespec="seconds"),
             "took": f"{time.monotonic() - self.clock:.1f} s, this page's pictures included",
