@@ -1,8 +1,11 @@
-"""Data-parallel training with two processes gives the mean of the gradients of one."""
+"""Data-parallel training with two processes, parameters copied or sharded, gives the mean of the gradients of one."""
 
 import torch
 from checks import MEMORIES, Net, couplings, weigh
 from torch import distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 WAYS = {"plain": {}, "find_unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}
 
@@ -22,7 +25,8 @@ def gradients_of(net: nn.Module, module: nn.Module, batches) -> list[dict[str, t
     for x in batches:
         net.zero_grad()
         weigh([module(x)]).backward()
-        steps.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+        gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        steps.append({name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in gradients.items()})
     return steps
 
 
@@ -36,6 +40,10 @@ def train(rank: int, file: str, batches) -> None:
             net = make_net(memory, way == "find_unused")
             module = nn.parallel.DistributedDataParallel(net, **options)
             found[memory, way] = gradients_of(net, module, batches[rank])
+        net = make_net(memory, unused=False)
+        for module in (net.chain, net):  # a chain is the smallest unit: it needs its blocks' parameters at once
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+        found[memory, "sharded"] = gradients_of(net, net, batches[rank])
     torch.save(found, f"{file}.{rank}")
     distributed.destroy_process_group()
 
@@ -45,7 +53,7 @@ def test_two_processes_equal_the_mean_of_one(tmp_path):
     file = str(tmp_path / "store")
     batches = [[torch.randn(2, 1, 6) for _ in range(3)] for _ in range(2)]
     multiprocessing.spawn(train, (file, batches), nprocs=2)
-    for way in WAYS:
+    for way in (*WAYS, "sharded"):
         net = make_net("store", way == "find_unused")
         alone = [gradients_of(net, net, batches[rank]) for rank in range(2)]
         for rank in range(2):
