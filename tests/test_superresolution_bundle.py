@@ -100,6 +100,16 @@ def test_resuming_gives_the_uninterrupted_result(subjects: Path, tmp_path: Path)
     assert [key for key, value in whole["model"].items() if not torch.equal(resumed["model"][key], value)] == []
 
 
+def test_training_begins_with_the_weights_given(subjects: Path, weights: Path, tmp_path: Path) -> None:
+    options = {**SMALL_TRAINING, "dataset_dir": str(subjects), "output_dir": str(tmp_path / "out"), "epochs": 1}
+    # a step of next to nothing, so that the end shows the beginning
+    run(BUNDLE, "training", "train.json", **options, pretrained=str(weights), learning_rate=1e-12)
+    tuned = torch.load(tmp_path / "out" / "model_best.pt", weights_only=True)
+    for key, value in torch.load(weights, weights_only=True).items():
+        if "running" not in key and "num_batches" not in key:
+            torch.testing.assert_close(tuned[key], value, msg=key)
+
+
 def test_best_epoch_is_the_one_of_the_lowest_error(subjects: Path, tmp_path: Path) -> None:
     options = {**SMALL_TRAINING, "dataset_dir": str(subjects), "output_dir": str(tmp_path)}
     run(BUNDLE, "run", "train.json", **options, epochs=3, learning_rate=1e-4)
