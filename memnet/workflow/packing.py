@@ -32,7 +32,7 @@ _LINK = re.compile(r"\[(?P<text>[^]\n]*)\]\((?P<target>[^)\s]+)\)")
 def pack_bundle(
     bundle: str | Path, output_dir: str | Path, ckpt_path: str | Path | None = None, wheel: str | Path | None = None
 ) -> tuple[Path, Path]:
-    """Pack a bundle's license, configs, documents and weights, and nothing else that lies in its folder.
+    """Pack a bundle's license, configs, documents and the weights that its configs name, and nothing else of its folder.
 
     The folder is a whole bundle, with the model card that Hugging Face shows as ``README.md`` at its top; the zip holds that
     folder, and is the same byte for byte whenever the files are. In the packed documents links within the bundle hold; what
@@ -130,9 +130,11 @@ def _require_wheel(wheel: Path) -> Path:
 
 
 def _contents(bundle: Path) -> dict[PurePosixPath, Path]:
+    configs = "".join(file.read_text(encoding="utf-8") for file in bundle.glob("configs/*.json"))
     files = [
         bundle / "LICENSE",
         *(f for p in ("configs/*.json", "configs/*.conf", "docs/**/*") for f in bundle.glob(p)),
+        *(f for f in bundle.glob("models/*.pt") if f"/models/{f.name}'" in configs),  # such as a second network's
     ]
     return {PurePosixPath(f.relative_to(bundle).as_posix()): f for f in sorted(files) if f.is_file()}
 

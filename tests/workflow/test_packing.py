@@ -69,6 +69,12 @@ def test_same_files_make_the_same_archive(bundle: Path, tmp_path: Path) -> None:
     assert archives[0] == archives[1]
 
 
+def test_second_networks_weights_come_along(shipped: Callable[[Path], Path], tmp_path: Path) -> None:
+    bundle = shipped(BUNDLES / "brain_dti_superres_iqt")
+    folder, _ = pack_bundle(bundle, tmp_path / "packed")
+    assert (folder / "models" / "espcn.pt").read_bytes() == (bundle / "models" / "espcn.pt").read_bytes()
+
+
 @pytest.mark.parametrize("name", sorted(p.name for p in BUNDLES.iterdir() if p.is_dir()))
 def test_links_hold_in_every_packed_document(name: str, shipped: Callable[[Path], Path], tmp_path: Path) -> None:
     folder, _ = pack_bundle(shipped(BUNDLES / name), tmp_path / "packed")
