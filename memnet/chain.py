@@ -150,9 +150,13 @@ class Chain(nn.ModuleList):
 
         Returns:
             The last block's tensor, or tuple of tensors.
+
+        Raises:
+            ValueError: a strategy other than ``store`` meets blocks that are sharded one by one.
         """
         if self.memory == "store" or not _differentiates(self, state):
             return _unpack(self._run(*state))
+        _require_whole_parameters(self)
         if self.memory == "auto":
             fit_to_budget(self, self.memory_budget, state)
         template = next((x for x in state if isinstance(x, MetaTensor)), None)
@@ -237,6 +241,15 @@ class Chain(nn.ModuleList):
             del inputs, input_gradients
             accumulate(parameter_gradients, more)
         return held.pop(), held.pop(), parameter_gradients
+
+
+def _require_whole_parameters(chain: Chain) -> None:
+    for name, parameter in chain.named_parameters():
+        if hasattr(parameter, "full_tensor"):  # FSDP2's DTensor, which a block's own hooks would gather too late
+            raise ValueError(
+                f'{name} is sharded. memory="{chain.memory}" needs a chain\'s parameters at once: apply fully_shard to the '
+                'chain, not to its blocks, or set memory="store"'
+            )
 
 
 def set_memory(
