@@ -152,7 +152,9 @@ def draw_tensors(target: str | Path, methods: Mapping[str, np.ndarray], title: s
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.6 * len(methods), 9.2), facecolor=_BACKGROUND)
+    shape = next(iter(methods.values())).shape
+    row_height = 2.5 * max(shape[1] / shape[0], 0.3)
+    figure = Figure(figsize=(2.6 * len(methods), 0.9 + 3 * row_height), facecolor=_BACKGROUND)
     FigureCanvasAgg(figure)
     for column, (name, tensors) in enumerate(methods.items()):
         profile = tensors.any(-1).sum((0, 1))
@@ -176,6 +178,7 @@ def draw_tensors(target: str | Path, methods: Mapping[str, np.ndarray], title: s
             if column == 0:
                 axes.text(-0.04, 0.5, kind, color="#b8c0cc", rotation=90, va="center", ha="right", fontsize=12)
     figure.suptitle(title, color="#b8c0cc", fontsize=10)
-    figure.subplots_adjust(left=0.04, right=0.99, top=0.93, bottom=0.01, wspace=0.03, hspace=0.03)
+    top = 1 - 0.75 / figure.get_figheight()
+    figure.subplots_adjust(left=0.04, right=0.99, top=top, bottom=0.01, wspace=0.03, hspace=0.03)
     with whole_file(target) as partial:
         figure.savefig(partial, dpi=100, facecolor=_BACKGROUND, format="png")
