@@ -1,26 +1,61 @@
-"""A training keeps to its folder and runs no code of its files."""
+"""A training survives being killed, keeps to its folder, runs no code of its files, and says what would fit."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bundle_cases import SMALL, SMALL_TRAINING, TISSUE, WARNINGS, run
+from torch._subclasses import FakeTensor
 
-from memnet.bundle import input_error
+from memnet import FullyInvResUNet
+from memnet.accounting.planner import TrainingStep
+from memnet.bundle import _print_input_error, input_error
+from memnet.workflow import out_of_memory
 from memnet.workflow.checkpoints import load_weights
+from memnet.workflow.out_of_memory import what_fits
 
 pytestmark = WARNINGS
+
+CONFIG = TISSUE.folder / "configs" / "train.json"
 
 
 def train(data: Path, output: Path, **overrides: Any) -> dict[str, Any]:
     options = {**SMALL_TRAINING, "dataset_dir": str(data), "epochs": 4, **overrides}
     run(TISSUE.folder, "training", "train.json", **options, output_dir=str(output))
     return torch.load(output / "model_last.pt", weights_only=True)
+
+
+def test_killed_training_goes_on_to_the_same_weights(iseg_folder: Path, tmp_path: Path) -> None:
+    overrides = {**SMALL_TRAINING, "dataset_dir": iseg_folder, "epochs": 4, "output_dir": tmp_path / "killed"}
+    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(CONFIG)]
+    command += [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    last = tmp_path / "killed" / "model_last.pt"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as training:
+        while not last.exists():
+            assert training.poll() is None, "the training ended before it had saved anything"
+            time.sleep(0.005)
+        training.send_signal(signal.SIGKILL)
+    epoch = torch.load(last, weights_only=True)["epoch"]
+    assert 1 <= epoch < 4
+    # what one that is killed while it saves would leave
+    (last.parent / ".partial-01234567-model_last.pt").write_bytes(b"half")
+    resumed = train(iseg_folder, tmp_path / "killed", resume=True)
+    whole = train(iseg_folder, tmp_path / "whole")
+    assert resumed["epoch"] == 4 and resumed["best_metric"] == whole["best_metric"]
+    assert [key for key, value in whole["model"].items() if not torch.equal(resumed["model"][key], value)] == []
+    assert not list(last.parent.glob(".partial*"))
 
 
 def test_folder_of_another_training_is_refused(iseg_folder: Path, tmp_path: Path) -> None:
@@ -48,10 +83,11 @@ class Planted:
         return Path.touch, (self.file,)
 
 
-def test_code_in_weights_is_not_run(iseg_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("save", [torch.save, lambda content, file: file.write_bytes(pickle.dumps(content, 2))])
+def test_code_in_weights_is_not_run(save: Any, iseg_folder: Path, tmp_path: Path) -> None:
     planted, last = tmp_path / "planted", tmp_path / "out" / "model_last.pt"
     last.parent.mkdir()
-    torch.save({"model": Planted(planted), "weight": Planted(planted)}, last)
+    save({"model": Planted(planted), "weight": Planted(planted)}, last)
     with pytest.raises(ValueError, match="not a file of weights"):
         load_weights(torch.nn.Linear(2, 2), last)
     scan = str(iseg_folder / "subject-1-T1.hdr")
@@ -64,5 +100,53 @@ def test_code_in_weights_is_not_run(iseg_folder: Path, tmp_path: Path) -> None:
             refused()
         assert f"{last}: not a file of weights" in str(input_error(raised.value))
     assert not planted.exists()
-    torch.load(last, weights_only=False)
+    torch.load(last, weights_only=False) if save is torch.save else pickle.loads(last.read_bytes())
     assert planted.exists()  # what the file would have done
+
+
+def test_out_of_memory_names_a_strategy_that_fits(
+    iseg_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = TrainingStep(CONFIG, {**SMALL_TRAINING, "network_def#memory": "store"})
+    plans = {memory: step.plan(memory) for memory in step.strategies}
+    least, most = (choose(plan.total for plan in plans.values()) for choose in (min, max))
+    budget = (least + most) // 2
+    monkeypatch.setattr(out_of_memory, "_bytes_of", lambda device: int(budget / out_of_memory._SHARE) + 1)
+
+    forward = FullyInvResUNet.forward
+
+    def fail(network: FullyInvResUNet, x: torch.Tensor) -> Any:
+        if isinstance(x, FakeTensor):  # of the dry run
+            return forward(network, x)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr("memnet.FullyInvResUNet.forward", fail)
+    with pytest.raises(RuntimeError) as raised:
+        train(iseg_folder, tmp_path, memory="store")
+    _print_input_error(type(raised.value), raised.value, raised.tb)
+    told = capsys.readouterr().err.strip()
+    assert (
+        told.startswith("error: out of memory (CUDA out of memory. Tried to allocate 20.00 MiB.)") and "\n" not in told
+    )
+    found = re.search(r"it fits with --patch_size \"\[16, 16, 16\]\" --network_def#memory (\w+)", told)
+    assert found, told
+    assert plans[found[1]].total <= budget < plans["store"].total
+    # where no strategy makes room for the patch, a smaller one
+    config = {**step._content, **{key: value for key, value in SMALL_TRAINING.items() if "#" not in key}}
+    config["patch_size"], config["network_def"] = [32, 32, 32], {**config["network_def"], "channels": 8, "n_levels": 2}
+    found = re.search(
+        r"--patch_size \"\[(16|24), ", what_fits(config, int(plans["invert"].total / out_of_memory._SHARE) + 2**20)
+    )
+    assert found, what_fits(config, int(plans["invert"].total / out_of_memory._SHARE) + 2**20)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_out_of_memory_elsewhere_names_what_to_make_smaller(error: Exception) -> None:
+    assert "out of memory" in str(input_error(error))
+    inference = {"roi_size": [96, 96, 96], "sw_batch_size": 1, "device": "cuda"}
+    assert (
+        what_fits(inference)
+        == "make --roi_size (now [96, 96, 96]) or --sw_batch_size (now 1) smaller, or give --device cpu"
+    )
