@@ -38,7 +38,8 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top:
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 caption { text-align: left; padding: .3rem 0; } tr + tr { border-top: 1px solid var(--line); }
 th, td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-th { overflow-wrap: normal; } thead th { border-bottom: 2px solid var(--line); } .number { text-align: right; white-space: nowrap; }
+th { overflow-wrap: normal; }
+thead th { border-bottom: 2px solid var(--line); } .number { text-align: right; white-space: nowrap; }
 figure { margin: 1rem 0; break-inside: avoid; } img { max-width: 100%; display: block; background: #101216; }
 figcaption { font-size: .9rem; } .note { background: var(--soft); padding: .5rem .8rem; } code { overflow-wrap: anywhere; }
 @media print {
