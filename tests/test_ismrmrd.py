@@ -167,9 +167,13 @@ def test_incomplete_headers_are_refused(file: Path, old: str, new: str, message:
 def test_other_files_are_refused(file: Path, tmp_path: Path) -> None:
     with h5py.File(tmp_path / "other.h5", "w") as other:
         other["kspace"] = np.zeros(3)
+    with h5py.File(tmp_path / "group.h5", "w") as other:
+        other["dataset/xml"] = [b"<a/>"]
+        other.create_group("dataset/data")
     (tmp_path / "text.h5").write_text("no HDF5")
     (tmp_path / "cut.h5").write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     messages = {"other": "no ISMRMRD .it has kspace", "text": "not an HDF5", "cut": "damaged", "none": "no such file"}
+    messages |= {"group": "damaged"}
     for name, message in messages.items():
         with pytest.raises(ValueError, match=message):
             read_ismrmrd(tmp_path / f"{name}.h5")

@@ -255,7 +255,7 @@ def _read_hdf5(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
                     "dataset/data)"
                 )
             xml, rows = np.ravel(file["dataset/xml"][()])[0], file["dataset/data"][()]
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not an HDF5 file, or damaged ({error})") from error
     if rows.dtype.names is None or not {"head", "data"} <= set(rows.dtype.names):
         raise ValueError(f"{path}: dataset/data holds no ISMRMRD readouts")

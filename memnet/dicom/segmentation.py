@@ -66,7 +66,9 @@ def save_segmentation(labels: np.ndarray, stack: Stack, legend: Legend, target: 
         raise ValueError(f"{target}: the labels have shape {labels.shape}, the images {stack.shape}")
     headers = [stack.planes[0].header] if stack.planes[0].in_one_file else [plane.header for plane in stack.planes]
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
-        if any(not header.get(keyword) for header in headers):
+        with guarded(stack.planes[0].file):  # values are parsed only now
+            missing = any(not header.get(keyword) for header in headers)
+        if missing:
             raise ValueError(f"{target}: the images lack {keyword}, without which nothing can refer to them")
 
     classes = sorted(legend.classes.items(), key=lambda item: min(item[1][0]))

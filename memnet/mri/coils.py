@@ -98,6 +98,7 @@ def espirit_maps(
         )
     start = [n // 2 - side // 2 for n, side in zip(kspace.shape[-2:], sides, strict=True)]
     region = kspace[..., start[0] : start[0] + sides[0], start[1] : start[1] + sides[1]]
+    region = region / region.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)  # powers of what is huge overflow
     to_image = [_kernel_transform(n, kernel, region) for n in kspace.shape[-2:]]
     # one virtual coil for all slices, so that phases do not jump between them; an eigenvector's own phase is arbitrary
     samples = region.flatten(1)
@@ -161,6 +162,8 @@ def _slice_maps(
         return region.new_zeros(n_coils, *size)
     patches = region.unfold(1, kernel, 1).unfold(2, kernel, 1).movedim(0, 2).reshape(-1, n_coils * kernel**2)
     powers, vectors = torch.linalg.eigh(patches.mT @ patches.conj())
+    if not powers[-1] > 0:  # vanishes beside other slices
+        return region.new_zeros(n_coils, *size)
     kept = vectors[:, powers > threshold**2 * powers[-1]].mT.reshape(-1, n_coils, kernel, kernel)
     # The kernels' correlations are their products in the image; a transform large enough keeps them from wrapping.
     spectra = torch.fft.fft2(kept, (2 * kernel, 2 * kernel))

@@ -79,6 +79,18 @@ def test_an_empty_slice_has_no_maps():
     assert not espirit_maps(kspace, (16, 16)).any()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scale_of_the_data_does_not_matter(scale):
+    """Float32 squares neither; a slice that vanishes beside the others has no maps."""
+    kspace, _, _ = example()
+    torch.testing.assert_close(
+        espirit_maps(kspace * scale, (20, 20)), espirit_maps(kspace, (20, 20)), atol=1e-4, rtol=0
+    )
+    kspace[:, 0] *= 1e-30
+    found = espirit_maps(kspace, (20, 20))
+    assert not found[:, 0].any() and found[:, 1].any()
+
+
 def test_maps_need_reference_lines():
     kspace, _, _ = example()
     with pytest.raises(ValueError, match="4 x 20 samples"):
