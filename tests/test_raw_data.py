@@ -29,9 +29,11 @@ def noise(*shape: int) -> np.ndarray:
     return (rng.normal(size=shape) + 1j * rng.normal(size=shape)).astype(np.complex64)
 
 
-def fastmri(path: Path, kspace: Any, header: str | None = _HEADER) -> None:
+def fastmri(path: Path, kspace: Any, header: str | None = _HEADER, mask: np.ndarray | None = None) -> None:
     with h5py.File(path, "w") as file:
         file["kspace"] = kspace
+        if mask is not None:
+            file["mask"] = mask
         if header is not None:
             file["ismrmrd_header"] = header
 
@@ -57,6 +59,13 @@ def test_fastmri_is_a_stack_of_slices_without_oversampling(tmp_path: Path) -> No
     assert raw.sampled.shape == (1, 8, 9) and (raw.sampled == (np.arange(9) != 4)).all()
     np.testing.assert_allclose(np.abs(np.diag(raw.affine)), [4.5, 3, 2, 1])
     np.testing.assert_allclose(raw.affine @ [1, 4, 4, 1], [0, 0, 0, 1])
+
+
+def test_lines_that_a_fastmri_mask_leaves_out_are_not_sampled(tmp_path: Path) -> None:
+    mask = np.arange(9) % 2 == 0
+    fastmri(tmp_path / "in.h5", noise(3, 2, 16, 9), mask=mask)
+    raw = read_raw_data(tmp_path / "in.h5")
+    assert (raw.sampled == mask).all() and not raw.kspace[..., ~mask].any() and raw.kspace[..., mask].any()
 
 
 def test_stacks_are_not_transformed_along_their_slices(tmp_path: Path) -> None:
@@ -109,7 +118,7 @@ def cut(path: Path) -> None:
 
 def not_finite(*shape: int) -> np.ndarray:
     values = noise(*shape)
-    values.flat[3] = np.nan
+    values.flat[-1] = np.nan
     return values
 
 
@@ -128,12 +137,21 @@ def without_a_coil(axis: int, *shape: int) -> np.ndarray:
         ("in.h5", lambda p: fastmri(p, noise(3, 2, 8, 9, 2)), "expected complex"),
         ("in.h5", lambda p: fastmri(p, not_finite(3, 2, 8, 9)), "not finite"),
         ("in.h5", lambda p: fastmri(p, without_a_coil(1, 3, 2, 8, 9)), "coil 1 of 2 is zero"),
+        ("in.h5", lambda p: fastmri(p, noise(3, 320, 2, 2)), "320 values along its coils; is the order"),
+        (
+            "in.h5",
+            lambda p: fastmri(p, noise(3, 2, 8, 9), mask=np.ones(8)),
+            r"mask has the shape \(8,\), .* 8 x 9 samples",
+        ),
         ("in.mat", lambda p: p.write_bytes(b"MATLAB 5.0 MAT-file"), "version 7.3"),
         ("in.mat", lambda p: cmrxrecon(p, noise(8, 6, 2, 3, 4), "img"), "one variable kspace"),
         ("in.mat", lambda p: cmrxrecon(p, noise(8, 6, 2, 3)), r"shape \(8, 6, 2, 3\)"),
         ("in.mat", lambda p: cmrxrecon(p, noise(8, 6, 2, 2, 4)), "no slice 2"),
+        ("in.mat", lambda p: cmrxrecon(p, not_finite(8, 6, 2, 3, 4)), "not finite"),
         ("in.mat", lambda p: cmrxrecon(p, without_a_coil(2, 8, 6, 2, 3, 4)), "coil 1 of 2 is zero"),
         ("in.cfl", lambda p: write_cfl(p, noise(8, 6, 5, 2, 2)), "dimension 4"),
+        ("in.cfl", lambda p: write_cfl(p, not_finite(8, 6, 5, 2)), "not finite"),
+        ("in.cfl", lambda p: write_cfl(p, without_a_coil(3, 8, 6, 5, 2)), "coil 1 of 2 is zero"),
         ("in.cfl", lambda p: (write_cfl(p, noise(8, 6, 5, 2)), cut(p)), "truncated"),
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pytest
@@ -182,8 +183,9 @@ def test_trains_in_two_processes(folder: Path, tmp_path: Path) -> None:
         (lambda p: p.write_text("nothing"), "not an HDF5 file"),
         (lambda p: _raw(p, sampled=np.arange(18) % 2 == 0), "reference lines"),
         (lambda p: _raw(p, frames=2), "expected one 3D volume"),
+        (lambda p: _fastmri(p, n_masked=16), "its mask has the shape (16,)"),
     ],
-    ids=["missing", "text", "no reference lines", "movie"],
+    ids=["missing", "text", "no reference lines", "movie", "mask of another shape"],
 )
 def test_bad_input_leaves_nothing_behind(
     make: Callable[[Path], Any], message: str, weights: Path, tmp_path: Path
@@ -199,6 +201,11 @@ def _raw(path: Path, sampled: np.ndarray | None = None, frames: int = 1) -> None
     kspace = np.random.default_rng(0).normal(size=(frames, 2, 4, 18, 8)).astype(np.complex64)
     taken = np.ones((frames, 18, 8), bool) if sampled is None else np.tile(sampled[None, :, None], (frames, 1, 8))
     write_ismrmrd(path, kspace, taken, AFFINE)
+
+
+def _fastmri(path: Path, n_masked: int) -> None:
+    with h5py.File(path, "w") as file:
+        file["kspace"], file["mask"] = np.ones((4, 2, 18, 18), np.complex64), np.ones(n_masked)
 
 
 def test_without_data_the_run_says_what_to_give(tmp_path: Path) -> None:

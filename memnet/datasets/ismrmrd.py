@@ -22,6 +22,7 @@ logger = logging.getLogger("memnet")
 
 _NAMESPACE = "{http://www.ismrm.org/ISMRMRD}"
 _THINNEST, _THICKEST = 1e-3, 1e3  # sides of a voxel, mm
+_MOST_COILS = 256  # twice those of the largest arrays that are built
 _MOST_UNDERSAMPLED = 256  # times as many samples in the matrix as in the file
 _COUNTERS = "kspace_encode_step_1 kspace_encode_step_2 average slice contrast phase repetition set segment".split()
 _INDEX = np.dtype([(name, "<u2") for name in _COUNTERS] + [("user", "<u2", 8)])
@@ -148,7 +149,7 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
 
 
 def check_samples(path: Path, kspace: np.ndarray, coil_axis: int) -> None:
-    """Refuse samples that are not finite and coils that are all zero.
+    """Refuse samples that are not finite, coils that are all zero, and more coils than there are in the world.
 
     Args:
         path: the file, for the error.
@@ -161,6 +162,8 @@ def check_samples(path: Path, kspace: np.ndarray, coil_axis: int) -> None:
     if not np.isfinite(kspace).all():
         raise ValueError(f"{path}: holds samples that are not finite numbers")
     n_coils = kspace.shape[coil_axis]
+    if n_coils > _MOST_COILS:
+        raise ValueError(f"{path}: has {n_coils} values along its coils; is the order of the dimensions another one?")
     dead = np.flatnonzero(~(kspace != 0).any(tuple(a for a in range(kspace.ndim) if a != coil_axis)))
     if len(dead):
         raise ValueError(f"{path}: coil {dead[0]} of {n_coils} is zero throughout; leave it out of the file")

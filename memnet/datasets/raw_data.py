@@ -78,7 +78,8 @@ def read_fastmri(path: str | Path) -> RawData:
     # (slices, coils, x, y) to (1, coils, slices, x, y)
     kspace = np.ascontiguousarray(slices.transpose(1, 0, 2, 3)[None], dtype=np.complex64)
     check_samples(path, kspace, 1)
-    lines = (kspace != 0).any((0, 1, 2, 3))
+    lines = _fastmri_lines(path, content.get("mask"), kspace)
+    kspace *= lines
     voxel, share = _fastmri_header(path, content.get("ismrmrd_header"), kspace.shape)
     if share < 1:
         kspace = crop_field_of_view(kspace, round(share * kspace.shape[3]), 3)
@@ -167,6 +168,19 @@ def _names(path: Path) -> list[str]:
     except (OSError, RuntimeError) as error:
         hint = "; a .mat file must be saved as version 7.3" if path.suffix == ".mat" else ""
         raise ValueError(f"{path}: not an HDF5 file, or damaged ({error}){hint}") from error
+
+
+def _fastmri_lines(path: Path, mask: np.ndarray | None, kspace: np.ndarray) -> np.ndarray:
+    """Return which lines along y were sampled, bool ``(y,)``: those that hold something, and that the file's mask names."""
+    lines = (kspace != 0).any((0, 1, 2, 3))
+    if mask is None:
+        return lines
+    if np.shape(mask) != lines.shape:
+        raise ValueError(
+            f"{path}: its mask has the shape {np.shape(mask)}, its kspace {len(lines)} lines ({kspace.shape[2]} slices, "
+            f"{kspace.shape[1]} coils, {kspace.shape[3]} x {len(lines)} samples); expected a mask of {lines.shape}"
+        )
+    return lines & (np.asarray(mask) != 0)
 
 
 def _fastmri_header(path: Path, xml: bytes | None, shape: tuple[int, ...]) -> tuple[list[float], float]:

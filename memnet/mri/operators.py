@@ -42,6 +42,9 @@ class SenseOperator:
             )
         if mask.shape[1] not in (1, csm.shape[1]):
             raise ValueError(f"mask is for {mask.shape[1]} coils, csm has {csm.shape[1]}")
+        sides = zip(mask.shape[2:], csm.shape[2:], strict=True)
+        if mask.shape[0] not in (1, csm.shape[0]) or any(m != n and 1 not in (m, n) for m, n in sides):
+            raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit csm of shape {tuple(csm.shape)}")
         if not 1 <= fft_dims <= csm.dim() - 2:
             raise ValueError(
                 f"fft_dims must be 1 to {csm.dim() - 2} for csm of shape {tuple(csm.shape)}, got {fft_dims}"

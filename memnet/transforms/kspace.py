@@ -163,7 +163,8 @@ class EstimateMapsd(Transform):
         kernel: see :func:`memnet.mri.coils.espirit_maps`.
 
     Raises:
-        ValueError: the centre is not sampled over more than the kernel, or holds noise alone, naming the file.
+        ValueError: the centre is not sampled over more than the kernel, or holds noise alone, or the mask is of another shape
+            than k-space, naming the file.
     """
 
     def __init__(self, calibration: int = 24, kernel: int = 6) -> None:
@@ -172,7 +173,8 @@ class EstimateMapsd(Transform):
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         """Add ``csm`` complex64, ``(coils, slices, y, z)`` or ``(coils, 1, x, y)`` of a movie."""
         d = dict(data)
-        kspace, mask = _plain(d["kspace"]), d["mask"].expand(1, d["mask"].shape[1], *d["kspace"].shape[2:])
+        kspace, mask = _plain(d["kspace"]), _fitting(d, d["mask"])
+        mask = mask.expand(1, mask.shape[1], *kspace.shape[2:])
         if mask.shape[1] > 1:
             count = mask.sum(1, keepdim=True)
             kspace, mask = kspace.sum(1, keepdim=True) / count.clamp_min(1), count > 0
@@ -251,7 +253,7 @@ class RandUndersampled(RandomizableTransform):
         """Return the data with less of ``kspace`` and with the new ``mask``.
 
         Raises:
-            ValueError: the mask cannot be drawn for a file of this size, naming it.
+            ValueError: the mask cannot be drawn for a file of this size or is of another, naming it.
         """
         d = dict(data)
         # one draw of the transform's own generator seeds the mask, so that MONAI's way of seeding reaches it
@@ -260,7 +262,8 @@ class RandUndersampled(RandomizableTransform):
             left, mask = self.mask(_plain(d["kspace"]))
         except ValueError as error:
             raise ValueError(f"{_file(d)}: {error}") from error
-        d["kspace"], d["mask"] = _like(left, d["kspace"]), mask & d["mask"]
+        d["mask"] = _fitting(d, mask) & _fitting(d, d["mask"])
+        d["kspace"] = _like(left, d["kspace"])
         return d
 
 
@@ -387,6 +390,21 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
 
 def _like(x: torch.Tensor, source: MetaTensor) -> MetaTensor:
     return MetaTensor(x, source.affine.cpu(), meta={k: v for k, v in source.meta.items() if k != "affine"})
+
+
+def _fitting(d: Data, mask: torch.Tensor) -> torch.Tensor:
+    """Return a mask that k-space can be multiplied by.
+
+    Raises:
+        ValueError: it has other sides than k-space, where none of them is 1, naming the file and both shapes.
+    """
+    expected = (1, *d["kspace"].shape[1:])
+    if mask.dim() != len(expected) or any(m not in (1, n) for m, n in zip(mask.shape, expected, strict=True)):
+        raise ValueError(
+            f"{_file(d)}: the sampling mask has the shape {tuple(mask.shape)}, k-space {tuple(d['kspace'].shape)}; expected a "
+            f"mask of {expected}, or of 1 along dimensions that share it"
+        )
+    return mask
 
 
 def _file(d: Data) -> str:

@@ -79,6 +79,8 @@ def test_memory_of_the_normal_operator_does_not_grow_with_the_coils():
         (torch.zeros(1, 2, 4, 4, dtype=torch.complex64), torch.ones(4, 4), 2, "4 dimensions"),
         (torch.zeros(1, 2, 4, 4, dtype=torch.complex64), torch.ones(1, 3, 4, 4), 2, "3 coils"),
         (torch.zeros(1, 2, 4, 4, dtype=torch.complex64), torch.ones(1, 1, 4, 4), 3, "fft_dims"),
+        (torch.zeros(1, 2, 4, 4, dtype=torch.complex64), torch.ones(1, 1, 4, 5), 2, r"\(1, 1, 4, 5\) does not fit"),
+        (torch.zeros(3, 2, 4, 4, dtype=torch.complex64), torch.ones(2, 1, 4, 4), 2, r"\(2, 1, 4, 4\) does not fit"),
     ],
 )
 def test_what_does_not_fit_is_refused(csm, mask, fft_dims, message):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import phantom
+from monai.apps.reconstruction.transforms.array import KspaceMask
+from monai.transforms import Transform
 
 from memnet.datasets.ismrmrd import write_ismrmrd
 from memnet.mri.fourier import image_to_kspace, kspace_to_image
@@ -190,6 +192,29 @@ def test_missing_reference_lines_are_named(volume: Path) -> None:
     data["mask"][..., 9, 9] = False
     with pytest.raises(ValueError, match="t1.nii.gz: the centre of k-space .* reference lines"):
         EstimateMapsd()(data)
+
+
+class _MaskOfAnotherScan(KspaceMask):
+    def __init__(self) -> None:
+        super().__init__([0.0], [2.0])
+
+    def __call__(self, kspace: torch.Tensor) -> Sequence[torch.Tensor]:
+        return kspace, torch.ones(1, 1, 20, 16, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("transform", "mask"),
+    [
+        (RandUndersampled(_MaskOfAnotherScan()), torch.ones(1, 1, 20, 18, dtype=torch.bool)),
+        (EstimateMapsd(), torch.ones(1, 1, 20, 16, dtype=torch.bool)),
+        (RandUndersampled(PoissonDiscMask([3.0], 4)), torch.ones(1, 1, 20, 16, dtype=torch.bool)),
+    ],
+    ids=["drawn", "read, for maps", "read, to be drawn from"],
+)
+def test_a_mask_of_another_shape_than_kspace_is_refused(volume: Path, transform: Transform, mask: torch.Tensor) -> None:
+    data = LoadKspaced("image", n_coils=4)({"image": str(volume)}) | {"mask": mask}
+    with pytest.raises(ValueError, match=r"t1.nii.gz: .* \(1, 1, 20, 16\), k-space \(4, 12, 20, 18\)"):
+        transform(data)
 
 
 @pytest.mark.parametrize(
