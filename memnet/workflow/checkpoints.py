@@ -139,7 +139,7 @@ class TrainingCheckpoint:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.EPOCH_STARTED, self._seed_epoch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
-        engine.add_event_handler(Events.COMPLETED, lambda: _release(self.last.parent))
+        engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _start(self, engine: Engine) -> None:
         if _rank() == 0:
@@ -195,6 +195,17 @@ class TrainingCheckpoint:
         if evaluated is not None and evaluated.best_metric_epoch == engine.state.epoch:
             _save(self.network.state_dict(), self.best)
         _save(state, self.last)
+
+    def _finish(self, engine: Engine) -> None:
+        _release(self.last.parent)
+        if _rank() != 0:
+            return
+        if self.best.exists():
+            logger.info("best weights: %s; to go on from: %s", self.best, self.last)
+        elif self.evaluator is not None:
+            logger.warning(
+                "%s: not written, since no epoch was validated (--val_interval); the last: %s", self.best, self.last
+            )
 
 
 def _save(content: Any, target: Path) -> None:

@@ -112,6 +112,12 @@ class TrainingProgress(ProgressBar):
     def attach(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
         """Attach to a trainer."""
         super().attach(engine, output_transform=lambda output: {"loss": float(self.loss(output))})
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._close_after_the_last)
+
+    def _close_after_the_last(self, engine: Engine) -> None:
+        # before the handlers that log at an epoch's end, whose lines would go on behind the bar
+        if engine.state.iteration % engine.state.epoch_length == 0:
+            self._close(engine)
 
 
 def first_filled(channels: torch.Tensor) -> torch.Tensor:
