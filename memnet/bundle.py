@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
 from torch import distributed
 
@@ -34,6 +34,7 @@ _PACKAGE = str(Path(__file__).parent)
 # what a system says of its disks and folders, of which no program is to blame
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OF_THE_MACHINE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM}
+_LOAD_CONFIG, _LOAD_CONFIGS = ConfigParser.load_config_file.__code__, ConfigParser.load_config_files.__code__
 _NOT_WRITTEN = re.compile(rf"^{NotWrittenError.__module__}\.{NotWrittenError.__name__}: (.+)$", re.MULTILINE)
 
 
@@ -130,8 +131,8 @@ def input_error(error: BaseException | None) -> ValueError | None:
         error: what was caught.
 
     Returns:
-        The ``ValueError`` that this package raised; one that says so where the machine ran out of memory or disk, or a folder
-        is read-only; or ``None`` if there is none, that is for a programming error.
+        The ``ValueError`` that this package raised; one that says so where the machine ran out of memory or disk, a folder
+        is read-only or a config cannot be read; or ``None`` if there is none, that is for a programming error.
     """
     while error is not None:
         if is_out_of_memory(error):
@@ -149,6 +150,9 @@ def input_error(error: BaseException | None) -> ValueError | None:
             raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
             if raised_in.startswith(_PACKAGE):
                 return error
+        config = _unread_config(error)
+        if config is not None:
+            return ValueError(f"{config}: no config that can be read, a JSON object ({error})")
         error = error.__cause__ or error.__context__
     return None
 
@@ -163,6 +167,16 @@ def one_line_errors() -> None:
     sys.excepthook = _print_input_error
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_news)
+
+
+def _unread_config(error: BaseException) -> str | None:
+    """Return the config that MONAI's parser was at, of whose errors few name it."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is _LOAD_CONFIG:
+            return str(frame.f_locals["filepath"])
+        if frame.f_code is _LOAD_CONFIGS and not isinstance(frame.f_locals.get("config_dict", {}), dict):
+            return str(frame.f_locals["i"])
+    return None
 
 
 def _is_command() -> bool:

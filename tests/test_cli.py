@@ -38,6 +38,18 @@ def test_input_error_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.
     assert "absent" in message
 
 
+@pytest.mark.parametrize("content", [b"no JSON", b"[1, 2]", b'{"a": 1, "a": 2}', b"\xff\xfe{}", None])
+def test_a_config_that_cannot_be_read_is_named(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "train.json"
+    if content is not None:
+        config.write_bytes(content)
+    assert main(["plan", "--config_file", str(config)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {config}: no ") and message.count("\n") == 1
+
+
 def test_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(arguments: object) -> None:
         raise ValueError("raised outside the package")

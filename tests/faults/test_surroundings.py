@@ -107,3 +107,10 @@ def test_a_datalist_is_data_not_code(image: str, tmp_path: Path, monkeypatch: py
         run(TISSUE.folder, "run", "inference.json", **SMALL, datalist="datalist.json", output_dir=str(tmp_path / "out"))
     assert f"{image}: no such file" in str(input_error(raised.value))
     assert [file.name for file in tmp_path.iterdir()] == ["datalist.json"]
+
+
+def test_a_folder_called_memnet_does_not_hide_the_package(tmp_path: Path) -> None:
+    (tmp_path / "memnet").mkdir()
+    command = [sys.executable, "-m", "memnet", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
