@@ -24,6 +24,7 @@ __all__ = ["METHODS", "Method", "bart_pics", "cg_sense", "sigpy_pics", "zero_fil
 
 Solver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 _WAVELET = "db4"
+_WAVELET_SIDE = 28  # samples, of which the wavelet makes two levels
 _LLR_BLOCK = 7  # voxels a side
 _TIME = 10  # BART's dimension of time
 
@@ -81,7 +82,8 @@ def sigpy_pics(
         weight: :math:`\lambda`.
         penalty: R: ``wavelet`` (l1 of Daubechies wavelets, by FISTA), ``tv`` (l1 of finite differences, by primal-dual hybrid
             gradients) or ``l2`` (half the squared norm, by conjugate gradients).
-        axes: those of the image that R sees.
+        axes: those of the image that R sees; wavelets leave those out that are too short for two levels, since SigPy takes for
+            all axes as many levels as the shortest allows, and of a thin slab none.
         max_iterations: iterations.
 
     References:
@@ -99,7 +101,8 @@ def sigpy_pics(
     if penalty == "l2":
         options["lamda"] = weight
     elif penalty == "wavelet":
-        transform = sigpy.linop.Wavelet(shape, axes=tuple(axes), wave_name=_WAVELET)
+        long = tuple(axis for axis in axes if shape[axis] >= _WAVELET_SIDE)
+        transform = sigpy.linop.Wavelet(shape, axes=long, wave_name=_WAVELET)
         options |= {"alpha": 1.0}
         options["proxg"] = sigpy.prox.UnitaryTransform(sigpy.prox.L1Reg(transform.oshape, weight), transform)
     else:

@@ -71,6 +71,14 @@ def test_each_method_beats_the_zero_filled_image(kind: str, name: str) -> None:
     assert error(found, image) < 0.75 * error(zero_filled(kspace, csm, mask), image)
 
 
+def test_wavelets_of_a_thin_slab_see_its_planes() -> None:
+    pytest.importorskip("sigpy", reason="SigPy is not installed")
+    kspace, csm, mask, image = example()
+    found = sigpy_pics(kspace, csm, mask, 0.01)
+    torch.testing.assert_close(found, sigpy_pics(kspace, csm, mask, 0.01, axes=(1, 2)))
+    assert error(found, image) < 0.8 * error(sigpy_pics(kspace, csm, mask, 0.01, "l2"), image)
+
+
 @bart
 def test_cg_sense_agrees_on_barts_phantom(tmp_path: Path) -> None:
     size = "24"
