@@ -128,6 +128,20 @@ def test_training_learns(folder: Path, tmp_path: Path) -> None:
     assert error(epochs=12, learning_rate=0.01, slabs_per_volume=2) < error(epochs=1, learning_rate=0.0) - 0.3
 
 
+def test_fine_tuning_begins_with_given_weights_of_any_number_of_unrolls(
+    folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    state = train(folder, tmp_path, pretrained=str(weights), n_unrolls=2, learning_rate=1e-12)
+    for key, value in torch.load(weights, weights_only=True).items():
+        torch.testing.assert_close(state["model"][key], value, rtol=0, atol=1e-9, msg=key)
+
+
+def test_weight_of_data_consistency_is_learned_from_where_it_is_set(folder: Path, tmp_path: Path) -> None:
+    state = train(folder, tmp_path, mu=0.5, learning_rate=0.01)
+    log_mu = float(state["model"]["data_consistency.log_mu"])
+    assert log_mu != pytest.approx(np.log(0.5), abs=1e-3) and log_mu == pytest.approx(np.log(0.5), abs=0.1)
+
+
 @pytest.mark.parametrize("memory", ["store", "recursive"])
 def test_memory_strategies_train_alike(folder: Path, tmp_path: Path, memory: str) -> None:
     expected, found = (train(folder, tmp_path / m, memory=m, tile=None) for m in ("checkpoint", memory))
