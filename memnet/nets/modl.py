@@ -14,6 +14,7 @@ from memnet.chain import Chain, Memory
 from memnet.invertible import DriftError, Invertible, Recorded
 from memnet.mri.operators import SenseOperator
 from memnet.mri.solvers import ConjugateGradientGradient, conjugate_gradient
+from memnet.nets.contraction import contract, refresh
 from memnet.recompute import Gradients, replay_with_grad
 from memnet.tiles import run_in_tiles
 
@@ -42,11 +43,19 @@ class ResidualCNN(nn.Sequential):
 
 
 class _Step(Invertible):
-    """A step of an unroll, inverted approximately; the recomputation that the gradient needs measures how well."""
+    """A step of an unroll, inverted approximately.
+
+    How well is measured twice: by the recomputation that the gradient needs, and, since the inverses of later steps amplify
+    errors without a trace in it, on some voxels of the input that are kept.
+    """
 
     name: str
     drift_tolerance: float
     exact = False
+
+    def record(self, *state: torch.Tensor) -> Recorded:
+        """See :meth:`memnet.Invertible.record`."""
+        return super().record(*state)._replace(kept=(_some_voxels(state[0]),))
 
     def pull_back(
         self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
@@ -54,18 +63,21 @@ class _Step(Invertible):
         """See :meth:`memnet.Invertible.pull_back`.
 
         Raises:
-            memnet.DriftError: if the recomputed output is off by more than the tolerance.
+            memnet.DriftError: if the recomputed output, or the input that is given back, is off by more than the tolerance.
         """
         inputs = self.restore(recorded)
         outputs, pull = replay_with_grad([recorded.replays], inputs)
-        expected = recorded.state[0]
-        drift = float((outputs[0] - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.real.dtype).tiny))
-        if not drift <= self.drift_tolerance:
-            raise DriftError(
-                f"the inverse of {self.name} gives back its output to {drift:.1e} of its norm only (tolerance "
-                f'{self.drift_tolerance:.0e}), so that the gradients would be wrong: use memory="checkpoint", which is exact, '
-                'keep more images (every=1), or on_drift="rerun".'
-            )
+        drifts = {
+            "its output": _drift(outputs[0], recorded.state[0]),
+            "its input, with what the inverses after it missed,": _drift(_some_voxels(inputs[0]), recorded.kept[0]),
+        }
+        for what, drift in drifts.items():
+            if not drift <= self.drift_tolerance:
+                raise DriftError(
+                    f"the inverse of {self.name} gives back {what} to {drift:.1e} of its norm only (tolerance "
+                    f'{self.drift_tolerance:.0e}), so that the gradients would be wrong: use memory="checkpoint", which is '
+                    'exact, keep more images (every=1), bound the regulariser (contraction=0.9), or on_drift="rerun".'
+                )
         return inputs, *pull(gradients)
 
 
@@ -78,9 +90,11 @@ class Regularization(_Step):
             the module's attribute ``halo`` says how far it sees. None for no tiles.
         inverse_iterations: fixed-point iterations, T; they converge where R is a contraction.
         drift_tolerance: largest accepted error of the recomputed output, relative to its norm.
+        contraction: bound the Lipschitz constant of :math:`R`, in place, to below 1 so that the iterations converge, see
+            :func:`memnet.nets.contraction.contract`; None leaves it free.
 
     Raises:
-        ValueError: there are tiles, but the module has no ``halo``.
+        ValueError: there are tiles, but the module has no ``halo``; or the module's constant cannot be bounded.
     """
 
     name = "regularization"
@@ -91,11 +105,12 @@ class Regularization(_Step):
         tile: Sequence[int] | None = None,
         inverse_iterations: int = 5,
         drift_tolerance: float = 1e-3,
+        contraction: float | None = None,
     ) -> None:
         super().__init__()
         if tile is not None and not hasattr(residual, "halo"):
             raise ValueError(f"{type(residual).__name__} has no attribute halo, which tiles need; give tile=None")
-        self.residual = residual
+        self.residual = residual if contraction is None else contract(residual, contraction)
         self.tile = tile
         self.halo: int = getattr(residual, "halo", 0)
         self.inverse_iterations = inverse_iterations
@@ -233,12 +248,14 @@ class MoDL(nn.Module):
         data_consistency: in place of the default :class:`DataConsistency`, shared by all unrolls.
         memory: the strategy; the attribute may be set at any time.
         tile: tiles of the default regulariser, see :class:`Regularization`.
+        contraction: of the default regulariser, see :class:`Regularization`; training follows its weights, a power iteration a
+            step.
         every: under ``invert``, unrolls from one image that is kept to the next; all unrolls where None.
         on_drift: ``"raise"`` or ``"rerun"``, see :class:`memnet.Chain`.
         host: hold the images that backpropagation keeps in host memory.
 
     Raises:
-        ValueError: ``n_unrolls`` or ``every`` is less than 1.
+        ValueError: ``n_unrolls`` or ``every`` is less than 1, or a contraction is asked of a regulariser that is given.
 
     References:
         MoDL: model-based deep learning architecture for inverse problems (Aggarwal et al., 2019),
@@ -257,6 +274,7 @@ class MoDL(nn.Module):
         data_consistency: DataConsistency | None = None,
         memory: Memory = "checkpoint",
         tile: Sequence[int] | None = (64,),
+        contraction: float | None = None,
         every: int | None = None,
         on_drift: Literal["raise", "rerun"] = "raise",
         host: bool = False,
@@ -265,9 +283,14 @@ class MoDL(nn.Module):
         for name, value in {"n_unrolls": n_unrolls, "every": every}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if contraction is not None and regularizer is not None:
+            raise ValueError("contraction is of the default regulariser; give Regularization(..., contraction=...)")
         n_regularizers = 1 if shared else n_unrolls
         if regularizer is None:
-            steps = [Regularization(ResidualCNN(spatial_dims, channels), tile) for _ in range(n_regularizers)]
+            steps = [
+                Regularization(ResidualCNN(spatial_dims, channels), tile, contraction=contraction)
+                for _ in range(n_regularizers)
+            ]
         else:
             step = regularizer if isinstance(regularizer, Regularization) else Regularization(regularizer)
             steps = [step, *(copy.deepcopy(step) for _ in range(n_regularizers - 1))]
@@ -303,6 +326,8 @@ class MoDL(nn.Module):
             ValueError: shapes or types do not fit.
             memnet.DriftError: in the backward pass, see ``memory``.
         """
+        if self.training:
+            refresh(self.regularizers)
         operator = SenseOperator(csm, mask, self.data_consistency.fft_dims)
         adjoint = operator.adjoint(kspace)
         # The coil maps are constants of the call, not of the chain's state: they have no gradient to carry along.
@@ -314,6 +339,15 @@ class MoDL(nn.Module):
             for i in range(0, len(steps), length):
                 state = Chain(steps[i : i + length], self.memory, segment=1, on_drift=self.on_drift)(*state)
         return state[0]
+
+
+def _some_voxels(x: torch.Tensor) -> torch.Tensor:
+    """Copy about a thousand values, evenly spread."""
+    return x.detach().flatten()[:: max(1, x.numel() // 1024)].clone()
+
+
+def _drift(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.real.dtype).tiny))
 
 
 def _images_on_host(adjoint: torch.Tensor) -> AbstractContextManager[Any]:

@@ -100,6 +100,50 @@ def test_a_network_that_is_no_contraction_is_refused_in_a_sentence():
         gradients(network(memory="invert", contraction=20.0), inputs)
 
 
+def grown(memory: str, mu: float = 0.5, n_unrolls: int = 10, **arguments) -> MoDL:
+    """Unrolls whose weights training has made three times as large as they begin."""
+    torch.manual_seed(0)
+    consistency = DataConsistency(mu=mu, max_iterations=30, tolerance=1e-7)
+    net = MoDL(2, n_unrolls, 4, data_consistency=consistency, tile=None, memory=memory, **arguments)
+    with torch.no_grad():
+        for p in net.regularizers.parameters():
+            p *= 3
+    return net
+
+
+def test_a_contraction_inverts_where_a_free_regulariser_is_refused():
+    inputs = example(*SHAPES["2D"][:2])
+    with pytest.raises(DriftError, match="regularization gives back its output"):
+        gradients(grown("invert", every=4), inputs)
+    expected = gradients(grown("store", contraction=0.9), inputs)
+    found = gradients(grown("invert", every=4, contraction=0.9), inputs)
+    assert distance(found, expected) < 1e-5
+
+
+def test_errors_that_later_inverses_amplify_are_seen_in_the_voxels_that_are_kept():
+    inputs = example(*SHAPES["2D"][:2])
+    # each step's own inverse is within the tolerance, and up to 21 times its error is left after each unroll
+    with pytest.raises(DriftError, match="input, with what the inverses after it missed"):
+        gradients(grown("invert", mu=0.05, contraction=0.9), inputs)
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "recursive"])
+def test_a_contraction_follows_its_weights_alike_under_every_strategy(memory):
+    inputs = example(*SHAPES["2D"][:2])
+    nets = [grown(m, contraction=0.5, shared=False, n_unrolls=2) for m in ("store", memory)]
+    for net in nets:
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        for _ in range(2):
+            gradients(net, inputs)
+            optimizer.step()
+    expected, found = (net.state_dict() for net in nets)
+    names = [name for name in expected if name.endswith("direction")]
+    assert len(names) == 10 and not torch.equal(
+        expected[names[0]], grown("store", contraction=0.5).state_dict()[names[0]]
+    )
+    assert distance(found, expected) < 1e-5
+
+
 def test_or_its_unrolls_are_run_again_to_the_exact_gradients():
     inputs = example(*SHAPES["2D"][:2])
     expected = gradients(network(memory="store", contraction=20.0), inputs)
@@ -206,6 +250,9 @@ def test_memory_is_switched_by_name_and_survives_a_copy():
         (lambda: MoDL(every=0), "every"),
         (lambda: DataConsistency(mu=0.0), "mu"),
         (lambda: Regularization(nn.Identity(), tile=(4,)), "halo"),
+        (lambda: Regularization(nn.BatchNorm2d(2), contraction=0.9), "cannot bound BatchNorm2d"),
+        (lambda: MoDL(contraction=0.0), "lipschitz"),
+        (lambda: MoDL(regularizer=nn.Conv2d(2, 2, 1), contraction=0.9), "default regulariser"),
     ],
 )
 def test_bad_arguments_are_refused(make, message):
