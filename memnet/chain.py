@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from memnet.budget import FitBeforehand, fit_to_budget, parse_bytes
-from memnet.grid import OutOfRangeError, as_stream, check_range, round_to_grid
+from memnet.grid import OutOfRangeError, as_stream, check_range, magnitude, round_to_grid
 from memnet.invertible import DriftError, Invertible, Recorded
 from memnet.recompute import Gradients, Replay, SideEffects, accumulate, replay_with_grad
 
@@ -68,7 +68,7 @@ class Chain(nn.ModuleList):
         The reversible residual network (Gomez et al., 2017), https://arxiv.org/abs/1707.04585
     """
 
-    __jit_unused_properties__ = ["memory", "stored", "exact"]
+    __jit_unused_properties__ = ["memory", "stored", "exact", "renews"]
 
     def __init__(
         self,
@@ -201,22 +201,33 @@ class Chain(nn.ModuleList):
             current = _pack(block(*current))
         return current
 
+    @property
+    def renews(self) -> bool:
+        """See :class:`memnet.Invertible`."""
+        return all(isinstance(block, Invertible | Chain) and block.renews for block in (self[0], self[-1]))
+
     @torch.jit.unused
     def record(self, *state: torch.Tensor) -> Recorded:
         """See :meth:`memnet.Invertible.record`."""
-        return self._record([state])
+        return self._record([state], False)
 
     @torch.jit.unused
-    def _record(self, held: list[tuple[torch.Tensor, ...]]) -> Recorded:
+    def record_over(self, *state: torch.Tensor) -> Recorded:
+        """See :meth:`memnet.Invertible.record_over`."""
+        return self._record([state], True)
+
+    @torch.jit.unused
+    def _record(self, held: list[tuple[torch.Tensor, ...]], owned: bool) -> Recorded:
         # The state comes in a list and is taken out of it: an argument would live for as long as the call.
         records: list[Recorded] = []
         magnitudes: list[torch.Tensor] = []
         for block in self:
-            recorded = block.record(*held.pop())
+            recorded = (block.record_over if owned else block.record)(*held.pop())
+            owned = bool(block.renews)
             state = recorded.state
             held.append(state)
             if block.fraction_bits is not None:
-                magnitudes += [torch.linalg.vector_norm(x, float("inf")) for x in state[:2] if x.is_floating_point()]
+                magnitudes += [magnitude(x) for x in state[:2] if x.is_floating_point()]
             records.append(recorded._replace(state=()))
             del recorded, state
         if self.fraction_bits is not None:
@@ -229,14 +240,18 @@ class Chain(nn.ModuleList):
         self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
     ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
         """See :meth:`memnet.Invertible.pull_back`."""
-        state, notes, kept = recorded
+        state, notes, kept, owned, wanted = recorded
         # Each block gets the only reference to the state and its gradients, and can free them before it is done.
         held: list[Any] = [gradients, state]
         del recorded, gradients, state
         parameter_gradients: Gradients = {}
-        for block, (replays, n_kept) in zip(reversed(self), reversed(notes), strict=True):
+        for i in reversed(range(len(self))):
+            block, (replays, n_kept), asked = self[i], notes[i], wanted or i > 0
             mine, kept = kept[len(kept) - n_kept :], kept[: len(kept) - n_kept]
-            inputs, input_gradients, more = block.pull_back(Recorded(held.pop(), replays, mine), held.pop())
+            inputs, input_gradients, more = block.pull_back(
+                Recorded(held.pop(), replays, mine, owned, asked), held.pop()
+            )
+            owned = block.renews
             held += [input_gradients, inputs]
             del inputs, input_gradients
             accumulate(parameter_gradients, more)
@@ -302,7 +317,8 @@ class _Invert(torch.autograd.Function):
     def forward(
         ctx, chain: Chain, basket: "_Basket", n_state: int, parameters: list[nn.Parameter], *tensors: torch.Tensor
     ):
-        recorded = chain._record([tuple(chain._on_grid(list(tensors[:n_state])))])
+        rounded = chain._rounds and chain.fraction_bits is not None  # so that the state is the chain's own
+        recorded = chain._record([tuple(chain._on_grid(list(tensors[:n_state])))], rounded)
         ctx.chain, ctx.basket, ctx.n_state, ctx.parameters = chain, basket, n_state, parameters
         ctx.set_materialize_grads(False)
         ctx.replays, ctx.n_outputs = recorded.replays, len(recorded.state)
@@ -316,7 +332,7 @@ class _Invert(torch.autograd.Function):
     def backward(ctx, *_):
         saved, gradients = ctx.saved_tensors, ctx.basket.pop()
         kept, inputs = saved[ctx.n_outputs :][: ctx.n_kept], saved[ctx.n_outputs + ctx.n_kept :]
-        held: list[Any] = [gradients, Recorded(saved[: ctx.n_outputs], ctx.replays, kept)]
+        held: list[Any] = [gradients, Recorded(saved[: ctx.n_outputs], ctx.replays, kept, wanted=False)]
         # Unless the graph is retained, the chain holds the only reference to its outputs and frees them with its last block.
         ctx.maybe_clear_saved_tensors()
         del saved, kept

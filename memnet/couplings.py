@@ -1,18 +1,18 @@
 """Additive couplings: residual blocks on two streams that are inverted by subtraction."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch.autograd.function import once_differentiable
 
-from memnet.grid import FRACTION_BITS, add_on_grid, as_stream
+from memnet.grid import FRACTION_BITS, add_on_grid, add_on_grid_, as_stream
 from memnet.invertible import Invertible, Recorded
+from memnet.normalization import activations_in_place
 from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
+from memnet.tiles import Slices, Tile, TiledCall, require_tileable
 
 __all__ = ["AdditiveCoupling", "ChannelMerge", "ChannelSplit"]
 
@@ -26,14 +26,19 @@ class AdditiveCoupling(Invertible):
     of the identity. The streams stay in float32 under autocast. Backpropagation through a chain with ``memory="invert"``
     runs ``f`` and ``g`` once more each: the run that gives the inverse also gives the graph for the gradient.
 
+    With ``tile`` both runs go tile by tile, and with ``memory="invert"`` they write over the streams and their gradients, so
+    that besides these only a tile's activations are alive. The function is that of the whole to rounding, and one and the
+    same under every strategy; gradients and inversion are bit for bit those of ``store`` with the same tiles.
+
     Args:
         f: module from ``x2`` to an increment of ``x1``, of the same shape.
         g: module from ``y1`` to an increment of ``x2``, of the same shape.
         fraction_bits: ``k`` in float32 (``k + 29`` in float64); the streams must stay below ``2^(24-k)``. None adds plain
             floating-point increments, whose inversion drifts with depth.
+        tile: the tiles in which ``f`` and ``g`` are computed and differentiated, see :data:`memnet.tiles.Tile`; None for none.
 
     Raises:
-        ValueError: ``fraction_bits`` is not between 4 and 22.
+        ValueError: ``fraction_bits`` is not between 4 and 22, or ``f`` or ``g`` cannot be computed in tiles.
         RuntimeError: at run time, if ``f`` or ``g`` changes its input in place.
 
     References:
@@ -41,7 +46,11 @@ class AdditiveCoupling(Invertible):
         The reversible residual network (Gomez et al., 2017), https://arxiv.org/abs/1707.04585
     """
 
-    def __init__(self, f: nn.Module, g: nn.Module, fraction_bits: int | None = FRACTION_BITS) -> None:
+    __jit_unused_properties__ = ["renews"]
+
+    def __init__(
+        self, f: nn.Module, g: nn.Module, fraction_bits: int | None = FRACTION_BITS, tile: Tile | None = None
+    ) -> None:
         super().__init__()
         if fraction_bits is not None and not 4 <= fraction_bits <= 22:
             raise ValueError(f"fraction_bits must be between 4 and 22, got {fraction_bits}")
@@ -49,6 +58,14 @@ class AdditiveCoupling(Invertible):
         self.g = g
         self.fraction_bits = fraction_bits
         self.exact = fraction_bits is not None
+        self.tile = tile
+        for branch in (f, g) if tile is not None else ():
+            require_tileable(branch)
+
+    @property
+    def renews(self) -> bool:
+        """See :class:`memnet.Invertible`."""
+        return self.tile is not None
 
     @torch.jit.export
     def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -57,6 +74,8 @@ class AdditiveCoupling(Invertible):
         if torch.jit.is_scripting():
             y1 = add_on_grid(x1, self.f(x2), self.fraction_bits)
             y2 = add_on_grid(x2, self.g(y1), self.fraction_bits)
+        elif self.tile is not None and not torch.jit.is_tracing() and not torch.compiler.is_exporting():
+            return self._plain_in_tiles(x1, x2) + state[2:]
         else:
             y1 = add_on_grid(x1, _guarded(self.f, x2), self.fraction_bits)
             y2 = add_on_grid(x2, _guarded(self.g, y1), self.fraction_bits)
@@ -66,6 +85,11 @@ class AdditiveCoupling(Invertible):
     def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Map ``(y1, y2, *rest)`` back to ``(x1, x2, *rest)``."""
         y1, y2, *rest = state
+        if self.tile is not None:
+            x1, x2 = y1.detach().clone(), y2.detach().clone()
+            self._add(x2, TiledCall(self.g, x1.shape, self.tile).first(x1), -1.0)
+            self._add(x1, TiledCall(self.f, x2.shape, self.tile).first(x2), -1.0)
+            return x1, x2, *rest
         x2 = add_on_grid(y2, _guarded(self.g, y1), self.fraction_bits, -1.0)
         x1 = add_on_grid(y1, _guarded(self.f, x2), self.fraction_bits, -1.0)
         return x1, x2, *rest
@@ -74,6 +98,8 @@ class AdditiveCoupling(Invertible):
     def record(self, *state: torch.Tensor) -> Recorded:
         """See :meth:`memnet.Invertible.record`."""
         x1, x2, *rest = state
+        if self.tile is not None:
+            return self.record_over(x1.clone(), x2.clone(), *rest)
         x1, x2 = as_stream(x1), as_stream(x2)
         replay_f, replay_g = Replay(_Guarded(self.f)), Replay(_Guarded(self.g))
         y1 = add_on_grid(x1, replay_f.first(x2)[0], self.fraction_bits)
@@ -81,10 +107,25 @@ class AdditiveCoupling(Invertible):
         return Recorded((y1, y2, *rest), (replay_f, replay_g))
 
     @torch.jit.unused
+    def record_over(self, *state: torch.Tensor) -> Recorded:
+        """See :meth:`memnet.Invertible.record_over`."""
+        if self.tile is None:
+            return self.record(*state)
+        y1, y2 = as_stream(state[0]), as_stream(state[1])
+        calls = TiledCall(self.f, y2.shape, self.tile), TiledCall(self.g, y1.shape, self.tile)
+        self._add(y1, calls[0].first(y2))
+        self._add(y2, calls[1].first(y1))
+        return Recorded((y1, y2, *state[2:]), calls)
+
+    @torch.jit.unused
     def pull_back(
         self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
     ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
         """See :meth:`memnet.Invertible.pull_back`."""
+        if self.tile is not None:
+            held: list[Any] = [gradients, recorded]
+            del recorded, gradients
+            return self._pull_back_in_tiles(held.pop(), held.pop())
         y1, y2, *rest = recorded.state
         replay_f, replay_g = recorded.replays
         d_rest = gradients[2:]
@@ -105,6 +146,61 @@ class AdditiveCoupling(Invertible):
         d2 = _sum(d2, step, [d1, *more.values()])
         accumulate(parameter_gradients, more)
         return (x1, x2, *rest), [d1, d2, *d_rest], parameter_gradients
+
+    @torch.jit.unused
+    def _plain_in_tiles(self, x1: torch.Tensor, x2: torch.Tensor) -> list[torch.Tensor]:
+        streams = [x.as_tensor() if isinstance(x, MetaTensor) else x for x in (x1, x2)]
+        if torch.is_grad_enabled():
+            parameters = list(self.parameters())
+            outputs = _InTiles.apply(self, parameters, *streams, *parameters)
+        else:
+            outputs = self.record(*streams).state
+        if not isinstance(x1, MetaTensor):
+            return list(outputs)
+        return [MetaTensor(y).copy_meta_from(x1) for y in outputs]
+
+    @torch.jit.unused
+    def _pull_back_in_tiles(
+        self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
+    ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
+        """Turn the outputs and their gradients into the inputs and theirs, in their memory."""
+        held = [*recorded.state[:2], *_filled(recorded.state[:2], gradients)]
+        rest, d_rest, (call_f, call_g), owned = recorded.state[2:], gradients[2:], recorded.replays, recorded.owned
+        del recorded, gradients
+        for i in range(0 if owned else 4):  # one by one, so that each can go
+            held[i] = held[i].clone()
+        stream1, stream2, d1, d2 = held
+        found = call_g.pull_back(stream1, d2, d1, lambda inner, part: self._add(stream2, [(inner, part)], -1.0))
+        accumulate(
+            found, call_f.pull_back(stream2, d1, d2, lambda inner, part: self._add(stream1, [(inner, part)], -1.0))
+        )
+        return (stream1, stream2, *rest), [d1, d2, *d_rest], found
+
+    @torch.jit.unused
+    def _add(self, stream: torch.Tensor, tiles: Iterable[tuple[Slices, torch.Tensor]], sign: float = 1.0) -> None:
+        for inner, increment in tiles:
+            add_on_grid_(stream[inner], increment, self.fraction_bits, sign)
+
+
+class _InTiles(torch.autograd.Function):
+    """A coupling in tiles under plain autograd: keeps what its branches see, and goes the way of ``invert`` from there."""
+
+    @staticmethod
+    def forward(ctx, coupling: AdditiveCoupling, parameters, x1: torch.Tensor, x2: torch.Tensor, *_: torch.Tensor):
+        recorded = coupling.record(x1, x2)
+        ctx.calls, ctx.parameters = recorded.replays, parameters
+        ctx.save_for_backward(recorded.state[0], x2)
+        return recorded.state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: torch.Tensor):
+        y1, x2 = ctx.saved_tensors
+        d1, d2 = (gradient.clone() for gradient in gradients)
+        call_f, call_g = ctx.calls
+        found = call_g.pull_back(y1, d2, d1)
+        accumulate(found, call_f.pull_back(x2, d1, d2))
+        return None, None, d1, d2, *(found.get(p) for p in ctx.parameters)
 
 
 def _guarded(branch: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -145,52 +241,8 @@ class _Guarded(nn.Module):
         self.training = branch.training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with _in_place(self.branch):
+        with activations_in_place(self.branch):
             return _guarded(self.branch, x)
-
-
-@contextmanager
-def _in_place(branch: nn.Module) -> Iterator[None]:
-    """Let each leaky ReLU that follows a layer which does not need its own output write over that."""
-    changed = [
-        after
-        for module in branch.modules()
-        if type(module) is nn.Sequential
-        for before, after in pairwise(module)
-        if type(after) is nn.LeakyReLU and after.negative_slope >= 0 and not after.inplace
-        if isinstance(before, nn.GroupNorm | _NormBase | _ConvNd)
-        if not (before._forward_hooks or after._forward_hooks or after._forward_pre_hooks)
-    ]
-    for module in changed:
-        module.forward = partial(_overwrite, slope=module.negative_slope)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def _overwrite(x: torch.Tensor, slope: float) -> torch.Tensor:
-    return _Overwrite.apply(x, slope)
-
-
-class _Overwrite(torch.autograd.Function):
-    """Leaky ReLU in the memory of its input: the gradient depends on the sign alone, which input and output share.
-
-    An in-place operation would do for autograd, too, if it were not for instance norm's output, a view, of which autograd
-    then makes copies.
-    """
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, slope: float) -> torch.Tensor:
-        y = torch.nn.functional.leaky_relu_(x.detach(), slope)
-        ctx.slope = slope
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        return torch.ops.aten.leaky_relu_backward(gradient, *ctx.saved_tensors, ctx.slope, True), None
 
 
 class ChannelSplit(Invertible):
@@ -199,6 +251,8 @@ class ChannelSplit(Invertible):
     Args:
         first: number of channels of the first stream; half of them (rounded down) where None.
     """
+
+    renews = True
 
     def __init__(self, first: int | None = None) -> None:
         super().__init__()
@@ -223,8 +277,8 @@ class ChannelSplit(Invertible):
         self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
     ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
         """See :meth:`memnet.Invertible.pull_back`; the gradient is moved as the state is, and nothing runs again."""
-        filled = _filled(recorded.state[:2], gradients)
-        rest, inputs = gradients[2:], self.inverse(*recorded.state)
+        filled, rest = _filled(recorded.state[:2], gradients), gradients[2:]
+        inputs = self.inverse(*recorded.state) if recorded.wanted else ()
         del recorded, gradients
         return inputs, [torch.cat(filled, 1), *rest], {}
 
@@ -235,6 +289,8 @@ class ChannelMerge(Invertible):
     Args:
         first: number of channels of the first stream; half of them (rounded down) where None.
     """
+
+    renews = True
 
     def __init__(self, first: int | None = None) -> None:
         super().__init__()

@@ -22,11 +22,16 @@ class Recorded(NamedTuple):
         state: the block's outputs.
         replays: what its recomputation needs besides tensors.
         kept: the tensors its inversion needs besides the outputs; as small as can be, most blocks keep none.
+        owned: whether nobody else has the memory of the outputs and their gradients, so that the backward pass may write over
+            it.
+        wanted: whether the inputs themselves are asked of the backward pass; where not, it may give none.
     """
 
     state: tuple[torch.Tensor, ...]
     replays: Any
     kept: tuple[torch.Tensor, ...] = ()
+    owned: bool = False
+    wanted: bool = True
 
 
 class Invertible(nn.Module):
@@ -39,10 +44,12 @@ class Invertible(nn.Module):
         fraction_bits: the grid on which the block's additions are exact (see :mod:`memnet.grid`), or None if the block
             adds nothing.
         exact: whether the inverse gives the input back bit for bit.
+        renews: whether the first two tensors that :meth:`record` and :meth:`pull_back` return have memory of their own.
     """
 
     fraction_bits: int | None = None
     exact: bool = True
+    renews: bool = False
 
     @torch.jit.unused
     def forward(self, *state: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -55,6 +62,11 @@ class Invertible(nn.Module):
         """Compute the outputs under ``no_grad`` and what bringing back the inputs and gradients will need."""
         replay = Replay(self)
         return Recorded(replay.first(*state), replay)
+
+    @torch.jit.unused
+    def record_over(self, *state: torch.Tensor) -> Recorded:
+        """Do as :meth:`record`, where the first two tensors' memory may be written over."""
+        return self.record(*state)
 
     @torch.jit.unused
     def restore(self, recorded: Recorded) -> tuple[torch.Tensor, ...]:

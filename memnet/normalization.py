@@ -1,12 +1,18 @@
-"""Instance norm and leaky ReLU as one operation that keeps its output alone."""
+"""Norms and leaky ReLUs that keep one activation between them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from monai.networks.blocks import ADN
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["NormLeakyReLU"]
+__all__ = ["NormLeakyReLU", "activate", "activations_in_place"]
 
 
 class NormLeakyReLU(ADN):
@@ -97,3 +103,59 @@ class _NormLeakyReLU(torch.autograd.Function):
 
 def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(parts)).sum(0)
+
+
+@contextmanager
+def activations_in_place(module: nn.Module) -> Iterator[None]:
+    """Let each leaky ReLU that follows a layer which does not need its own output write over that."""
+    changed: list[Any] = [
+        after
+        for sequence in module.modules()
+        if type(sequence) is nn.Sequential
+        for before, after in pairwise(sequence)
+        if _may_overwrite(before, after)
+    ]
+    for after in changed:
+        after.forward = partial(_overwrite, slope=after.negative_slope)
+    try:
+        yield
+    finally:
+        for after in changed:
+            del after.forward
+
+
+def activate(activation: Any, x: torch.Tensor, before: nn.Module | None) -> torch.Tensor:
+    """Apply an activation, over ``x`` if it may write over what the layer before it returned."""
+    if _may_overwrite(before, activation):
+        return _overwrite(x, activation.negative_slope)
+    return activation(x)
+
+
+def _may_overwrite(before: Any, after: Any) -> bool:
+    if type(after) is not nn.LeakyReLU or after.negative_slope < 0:
+        return False
+    hooks = after._forward_hooks or after._forward_pre_hooks or getattr(before, "_forward_hooks", None)
+    return isinstance(before, nn.GroupNorm | _NormBase | _ConvNd) and not hooks
+
+
+def _overwrite(x: torch.Tensor, slope: float) -> torch.Tensor:
+    return _Overwrite.apply(x, slope)
+
+
+class _Overwrite(torch.autograd.Function):
+    """Leaky ReLU in the memory of its input: the gradient depends on the sign alone, which input and output share.
+
+    An in-place operation would do for autograd, too, if it were not for instance norm's output, a view, of which autograd
+    then makes copies.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, slope: float) -> torch.Tensor:
+        y = torch.nn.functional.leaky_relu_(x.detach(), slope)
+        ctx.slope = slope
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return torch.ops.aten.leaky_relu_backward(gradient, *ctx.saved_tensors, ctx.slope, True), None

@@ -148,6 +148,7 @@ class _Resampling(Invertible):
         # A bare shuffle moves values and adds nothing: exact on any grid.
         self.fraction_bits = fraction_bits if learned else None
         self.exact = not learned or fraction_bits is not None
+        self.renews = learned and n_streams > 1
         size = 2**spatial_dims
         mixings = [
             OrthogonalMixing(channels_down, size, not self.downwards) for _ in range(n_streams if learned else 0)
@@ -219,7 +220,7 @@ class _Resampling(Invertible):
         self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
     ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
         """See :meth:`memnet.Invertible.pull_back`."""
-        state, replays, kept = recorded
+        state, replays, kept = recorded[:3]
         filled = [torch.zeros_like(x) if d is None else d for x, d in zip(state, gradients, strict=True)]
         del recorded, gradients
         coarse, rest = self.split(list(state), not self.downwards)

@@ -14,6 +14,7 @@ from memnet.couplings import AdditiveCoupling, ChannelMerge, ChannelSplit
 from memnet.invertible import Invertible
 from memnet.nets.segmentation import SegmentationNetwork, level_widths, norm_act_conv
 from memnet.resampling import InvertibleDownsample, InvertibleUpsample, Tap
+from memnet.tiles import Tile
 
 __all__ = ["FullyInvResUNet", "PartiallyInvResUNet"]
 
@@ -38,6 +39,7 @@ class FullyInvResUNet(SegmentationNetwork):
         memory: see :class:`memnet.Chain`; may be set on the network at any time.
         vae: add the variational branch in training.
         memory_budget: bytes for forward and backward pass under ``memory="auto"``, such as ``"12GiB"``.
+        tile: tiles in which the couplings run, see :data:`memnet.tiles.Tile`, such as ``"auto"``; None for none.
 
     Raises:
         ValueError: an argument is out of range.
@@ -60,6 +62,7 @@ class FullyInvResUNet(SegmentationNetwork):
         memory: Memory | Literal["auto"] = "invert",
         vae: bool = False,
         memory_budget: int | str | None = None,
+        tile: Tile | None = None,
     ) -> None:
         if channels < 4 or channels % 2 != 0:
             raise ValueError(f"channels must be even and at least 4, got {channels}")
@@ -79,7 +82,7 @@ class FullyInvResUNet(SegmentationNetwork):
             def branch() -> nn.Module:
                 return norm_act_conv(spatial_dims, width, width)
 
-            return [AdditiveCoupling(branch(), branch()) for _ in range(count)]
+            return [AdditiveCoupling(branch(), branch(), tile=tile) for _ in range(count)]
 
         learned = downsampling == "learned"
         levels = list(zip(streams, downs, counts, strict=False))
@@ -123,6 +126,7 @@ class PartiallyInvResUNet(SegmentationNetwork):
         memory: see :class:`memnet.Chain`.
         vae: add the variational branch in training.
         memory_budget: bytes for forward and backward pass under ``memory="auto"``, such as ``"12GiB"``.
+        tile: tiles in which the couplings run, see :data:`memnet.tiles.Tile`, such as ``"auto"``; None for none.
 
     Raises:
         ValueError: an argument is out of range.
@@ -142,6 +146,7 @@ class PartiallyInvResUNet(SegmentationNetwork):
         memory: Memory | Literal["auto"] = "invert",
         vae: bool = False,
         memory_budget: int | str | None = None,
+        tile: Tile | None = None,
     ) -> None:
         if channels < 4 or channels % 2 != 0:
             raise ValueError(f"channels must be even and at least 4, got {channels}")
@@ -153,7 +158,7 @@ class PartiallyInvResUNet(SegmentationNetwork):
             def branch() -> nn.Module:
                 return norm_act_conv(spatial_dims, width // 2, width // 2)
 
-            couplings = [AdditiveCoupling(branch(), branch()) for _ in range(count)]
+            couplings = [AdditiveCoupling(branch(), branch(), tile=tile) for _ in range(count)]
             return Chain([ChannelSplit(), *couplings, ChannelMerge()])
 
         conv = Conv[Conv.CONV, spatial_dims]

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memnet.chain import Chain, Memory
 from memnet.couplings import AdditiveCoupling, ChannelMerge, ChannelSplit
+from memnet.tiles import Tile
 
 __all__ = ["IMPLEMENTATIONS", "Branches", "Implementation", "imported", "norm_act_conv_branches"]
 
@@ -109,8 +110,9 @@ class _Couplings(nn.Module):
         return state
 
 
-def _memnet(memory: Memory, branches: Branches) -> nn.Module:
-    return Chain([ChannelSplit(), *(AdditiveCoupling(f, g) for f, g in branches), ChannelMerge()], memory)
+def _memnet(memory: Memory, branches: Branches, tile: Tile | None = None) -> nn.Module:
+    couplings = (AdditiveCoupling(f, g, tile=tile) for f, g in branches)
+    return Chain([ChannelSplit(), *couplings, ChannelMerge()], memory)
 
 
 def _memcnn(branches: Branches) -> nn.Module:
@@ -160,5 +162,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "store": Implementation("memnet `store`", partial(_memnet, "store")),
     "checkpoint": Implementation("memnet `checkpoint`", partial(_memnet, "checkpoint")),
     "invert": Implementation("memnet `invert`", partial(_memnet, "invert")),
+    "tiles": Implementation("memnet `invert`, in tiles", partial(_memnet, "invert", tile="auto")),
 }
 """Everything that is compared, by a word."""
