@@ -25,9 +25,7 @@ are cut along the last, which that kernel's choice does not look at.
 
 _N_SLABS = (8, 7, 6)  # the most that have no slow kernel
 _LEAST_SLAB = 4  # voxels
-_SLOW_BELOW = (
-    20480  # channels * depth * height of a single float32 volume up to which PyTorch unfolds it, 27 times as large
-)
+_SLOW_BELOW = 20480  # channels * depth * height of one float32 volume up to which PyTorch unfolds it for a convolution
 
 Slices = tuple[Any, ...]  # of an ellipsis and slices
 _POINTWISE = (nn.LeakyReLU, nn.ReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Identity)

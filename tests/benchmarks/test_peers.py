@@ -18,7 +18,7 @@ from memnet.benchmarks.peers.superresolution import measure_superresolution, sup
 from memnet.benchmarks.peers.unets import U_NETS, NetworkCost, measure_unets, plan_unets, unet_table
 from memnet.cli import main
 
-OWN = ("plain", "checkpoint_block", "checkpoint_sqrt", "store", "checkpoint", "invert")
+OWN = ("plain", "checkpoint_block", "checkpoint_sqrt", "store", "checkpoint", "invert", "tiles")
 
 
 class FakeSequence(nn.Module):
@@ -72,7 +72,8 @@ def test_chains_grow_as_their_strategies_say():
     assert {name for name, _ in costs} == {*OWN} - {"store"}
     growth = {name: costs[name, 16].activations - costs[name, 2].activations for name in OWN if name != "store"}
     assert growth["plain"] > 14 * 1.9 and 14 < growth["checkpoint_block"] < 14 * 1.2
-    assert growth["checkpoint_sqrt"] < 14 and abs(growth["invert"]) < 0.5
+    assert growth["checkpoint_sqrt"] < 14 and abs(growth["invert"]) < 0.5 and abs(growth["tiles"]) < 0.5
+    assert costs["tiles", 16].activations < costs["invert", 16].activations
     operations = {name: costs[name, 16].cost.flops / costs["plain", 16].cost.flops for name in ("checkpoint", "invert")}
     assert operations == pytest.approx({"checkpoint": 4 / 3, "invert": 4 / 3})
 
