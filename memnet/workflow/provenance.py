@@ -67,7 +67,8 @@ def _command() -> str:
     package = Path(sys.argv[0])
     if package.name == "__main__.py":
         parts = package.parent.parts
-        start = next((i for i, part in enumerate(parts) if part in ("monai", "memnet")), len(parts) - 1)
+        # the last one: a clone is called memnet, too, and may hold the environment
+        start = max((i for i, part in enumerate(parts) if part in ("monai", "memnet")), default=len(parts) - 1)
         return shlex.join(["python", "-m", ".".join(parts[start:]), *sys.argv[1:]])
     return f"called from {package.name or 'Python'}"
 

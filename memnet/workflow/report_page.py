@@ -43,7 +43,10 @@ thead th { border-bottom: 2px solid var(--line); } .number { text-align: right; 
 figure { margin: 1rem 0; break-inside: avoid; } img { max-width: 100%; display: block; background: #101216; }
 figcaption { font-size: .9rem; } .note { background: var(--soft); padding: .5rem .8rem; } code { overflow-wrap: anywhere; }
 @media print {
-  body { max-width: none; margin: 0; } table { display: table; } tr { break-inside: avoid; } h2 { break-after: avoid; }
+  body { max-width: none; margin: 0; font-size: 10pt; } table { display: table; } tr { break-inside: avoid; }
+  h2, caption { break-after: avoid; } figure { margin: 0 0 .6cm; }
+  main > table:last-child { break-inside: avoid; }
+  img { max-height: 80vh; } /* of the paper: with its caption no picture is taller than a page */
 }
 """
 

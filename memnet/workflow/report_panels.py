@@ -21,7 +21,8 @@ from memnet.workflow.reporting import first_filled
 
 __all__ = ["ComparisonPanel", "ImagePanel", "LabelPanel", "ReportedCase", "TensorPanel"]
 
-_BACKGROUND, _WIDTH, _DPI = "#101216", 2.6, 100  # inches a plane
+_BACKGROUND, _DPI = "#101216", 100
+_WIDTH, _NARROWEST, _TALLEST = 2.6, 1.7, 6.0  # of a plane on average, with its title at least, at most; inches
 # without the background, which is not shown; one plane alike for people who are colour-blind, see memnet.workflow.legends
 _COLOURS = ("#3b8fd4", "#e8743b", "#f6e8a6", "#9fd356", "#c77dd1")
 
@@ -197,30 +198,40 @@ def _planes(values: np.ndarray, sides: Sequence[float]) -> dict[str, tuple[np.nd
 
 
 def _row(planes: Mapping[str, tuple[np.ndarray, Sequence[float]]], classes: Sequence[str] = ()) -> Any:
-    """Draw planes ``(up, right)`` side by side: floats as grey from 0 to 1, integers as colours, 0 as the background."""
+    """Draw planes ``(up, right)`` side by side and on one scale.
+
+    Floats are grey from 0 to 1, integers colours with 0 as the background.
+    """
     # here, since drawing is optional and the import slow
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    heights = [len(plane) * side[1] / (plane.shape[1] * side[0]) for plane, side in planes.values()]
+    widths = [plane.shape[1] * side[0] for plane, side in planes.values()]
+    height = max(len(plane) * side[1] for plane, side in planes.values())
+    scale = min(_WIDTH * len(planes) / sum(widths), _TALLEST / height)
+    columns = [max(scale * width, _NARROWEST) for width in widths]
     title, words = 0.3, 0.35 if classes else 0.02  # inches above and below
-    figure = Figure(figsize=(_WIDTH * len(planes), _WIDTH * max(heights) + title + words), facecolor=_BACKGROUND)
+    figure = Figure(figsize=(sum(columns), scale * height + title + words), facecolor=_BACKGROUND)
     FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(1, len(planes), width_ratios=columns)
     for column, (name, (plane, side)) in enumerate(planes.items()):
-        axes = figure.add_subplot(1, len(planes), column + 1)
+        axes = figure.add_subplot(grid[column])
         axes.set_axis_off()
         look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
         if np.issubdtype(plane.dtype, np.integer):
             look = {"cmap": ListedColormap([_BACKGROUND, *_COLOURS]), "vmin": -0.5, "vmax": len(_COLOURS) + 0.5}
-        axes.imshow(plane, origin="lower", aspect=side[1] / side[0], interpolation="nearest", **look)
+        half = widths[column] / 2, len(plane) * side[1] / 2
+        extent = (-half[0], half[0], -half[1], half[1])
+        axes.imshow(plane, origin="lower", extent=extent, interpolation="nearest", **look)
+        axes.set(xlim=np.array([-0.5, 0.5]) * columns[column] / scale, ylim=(-height / 2, height / 2))
         axes.set_title(name, color="white", fontsize=10, pad=4)
     if classes:
         handles = [Patch(color=colour, label=name) for colour, name in zip(_COLOURS, classes, strict=False)]
         figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, labelcolor="white")
-    height = figure.get_figheight()
-    figure.subplots_adjust(left=0.005, right=0.995, top=1 - title / height, bottom=words / height, wspace=0.02)
+    inches = figure.get_figheight()
+    figure.subplots_adjust(left=0.005, right=0.995, top=1 - title / inches, bottom=words / inches, wspace=0.02)
     return figure
 
 

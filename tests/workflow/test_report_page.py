@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import http.server
+import re
 import shutil
 import subprocess
 import threading
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,16 +23,16 @@ from pages import Page
 from PIL import Image
 
 from memnet import AdditiveCoupling, Chain, __version__
-from memnet.workflow.report_page import ReportPage
+from memnet.workflow.report_page import Report, ReportPage
 from memnet.workflow.report_panels import ReportedCase
 
 MAGENTA = (250, 0, 250)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-def png(color: tuple[int, int, int] = MAGENTA) -> bytes:
+def png(size: tuple[int, int] = (300, 200)) -> bytes:
     content = BytesIO()
-    Image.new("RGB", (300, 200), color).save(content, "PNG")
+    Image.new("RGB", size, MAGENTA).save(content, "PNG")
     return content.getvalue()
 
 
@@ -79,7 +82,7 @@ def test_says_how_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "configs" / "metadata.json").write_text(
         '{"name": "Brains", "version": "1.2.3", "intended_use": "Research."}'
     )
-    command = ["/somewhere/monai/bundle/__main__.py", "run", "--image", "a b.nii"]
+    command = ["/memnet/.venv/site-packages/monai/bundle/__main__.py", "run", "--image", "a b.nii"]
     monkeypatch.setattr("sys.argv", command)
     page = Page(write(tmp_path, ["a.nii"], weights=tmp_path / "weights.pt"))
     assert page.row("command") == ["python -m monai.bundle run --image 'a b.nii'"]
@@ -142,24 +145,27 @@ def server() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.fixture
-def screenshot(tmp_path: Path) -> Callable[..., np.ndarray]:
-    """Let a headless Chromium draw a file; the pixels ``(rows, columns, 3)``."""
+def browse(tmp_path: Path) -> Callable[..., None]:
+    """Let a headless Chromium open a file."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
 
+    def run(file: Path, *options: str) -> None:
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        subprocess.run([*command, *options, file.as_uri()], check=True, capture_output=True, timeout=240)
+
+    return run
+
+
+@pytest.fixture
+def screenshot(browse: Callable[..., None], tmp_path: Path) -> Callable[..., np.ndarray]:
+    """Take the pixels ``(rows, columns, 3)`` of a file as the browser draws it."""
+
     def take(file: Path, *options: str) -> np.ndarray:
-        command = [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--window-size=900,1400",
-        ]
-        command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'shot.png'}", *options]
-        subprocess.run([*command, file.as_uri()], check=True, capture_output=True, timeout=240)
-        return np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
+        shot = tmp_path / "shot.png"
+        browse(file, "--hide-scrollbars", "--window-size=900,1400", f"--screenshot={shot}", *options)
+        return np.asarray(Image.open(shot).convert("RGB"))
 
     return take
 
@@ -188,3 +194,18 @@ def test_a_browser_draws_it_and_asks_for_nothing(
     (tmp_path / "open.html").write_text(slipped.replace("Content-Security-Policy", "no-policy"), encoding="utf-8")
     screenshot(tmp_path / "open.html")
     assert asked == ["/name"]
+
+
+def test_printed_pictures_are_not_cut_by_the_end_of_a_page(browse: Callable[..., None], tmp_path: Path) -> None:
+    report = Report("A page")
+    sizes = [(900, 700), (900, 701), (300, 3000), (2000, 100)]
+    report.cases = [(f"{i}.nii", ReportedCase("", {}, png(size), "a box")) for i, size in enumerate(sizes)]
+    file, printed = tmp_path / "page.html", tmp_path / "page.pdf"
+    file.write_text(report.html(), encoding="utf-8")
+    browse(file, f"--print-to-pdf={printed}")
+    drawn = []
+    for compressed in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", printed.read_bytes(), re.DOTALL):
+        with suppress(zlib.error):
+            drawn += re.findall(rb"/(\w+) Do\b", zlib.decompress(compressed))
+    # what two pages share is drawn on both
+    assert len(drawn) == len(set(drawn)) == len(sizes)
