@@ -1,6 +1,6 @@
 # One command a job, the same for a person and for CI. Everything is installed once, into .venv.
 .DELETE_ON_ERROR:
-.PHONY: demo test bench check label-server test-label clean
+.PHONY: demo install test bench check label-server test-label clean
 
 BUNDLE := bundles/brain_mri_tissue_invres
 OUTPUT := demo
@@ -25,6 +25,8 @@ demo: .venv/installed
 	fi; \
 	.venv/bin/python -m monai.bundle run --config_file $(BUNDLE)/configs/inference.json \
 		--image "$$image" --output_dir "$(OUTPUT)" --overlay true
+
+install: .venv/installed
 
 # Two processes with a thread each beat one process with two threads: most tests are many small operations.
 test: .venv/installed

@@ -29,7 +29,7 @@ def find_label_maps(dataset_dir: str | Path | None, n_validation: int = 2) -> di
     files = [f for f in sorted(Path(dataset_dir).iterdir()) if f.name.endswith((".nii", ".nii.gz"))]
     if n_validation < 1 or len(files) <= n_validation:
         raise ValueError(
-            f"{dataset_dir}: {len(files)} NIfTI files found, {n_validation} of them for validation; "
+            f"{dataset_dir}: {len(files)} NIfTI files found, {n_validation} of them for validation (--n_validation); "
             "expected at least one for each of training and validation"
         )
     cases = [{"label": str(f)} for f in files]
