@@ -99,12 +99,18 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
         workflow: the workflow with its overrides applied.
 
     Raises:
-        ValueError: naming the key and the nearest known one.
+        ValueError: naming the key and the nearest known one; or what is to be run is not in the config.
     """
     shipped = _shipped_configs(workflow.config_root_path)
     if not shipped:
         return
     config = workflow.parser.get()
+    if workflow.run_id not in config:
+        known = ", ".join(key for key in ("training", "evaluating", "run") if key in config)
+        raise ValueError(
+            f"{workflow.run_id!r} is nothing that this config runs ({known}); of several files give their folder or a list, "
+            "\"['a.nii.gz', 'b.nii.gz']\", rather than a pattern that the shell resolves"
+        )
     referred = set(re.findall(r"@(\w+)", json.dumps(config, default=str)))
     known = {key for content in shipped for key in content} | referred | _OF_MONAI
     known |= {workflow.run_id, workflow.init_id, workflow.final_id}

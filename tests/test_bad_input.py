@@ -224,19 +224,23 @@ def test_nothing_to_resume(tmp_path: Path, iseg_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "told"),
     [
-        ["--config_file", str(CONFIGS / "train.json"), "--epochz", "1"],
-        ["--config_file", str(CONFIGS / "inference.json"), "--image", "absent.nii.gz"],
+        (["--config_file", str(CONFIGS / "train.json"), "--epochz", "1"], "epochz"),
+        (["--config_file", str(CONFIGS / "inference.json"), "--image", "absent.nii.gz"], "absent.nii.gz"),
+        (
+            ["b.nii.gz", "--config_file", str(CONFIGS / "inference.json"), "--image", "a.nii.gz"],
+            "'b.nii.gz' is nothing",
+        ),
     ],
-    ids=["unknown override", "missing file"],
+    ids=["unknown override", "missing file", "files of a pattern"],
 )
-def test_command_ends_in_one_line_and_exit_code_1(arguments: list[str], tmp_path: Path) -> None:
+def test_command_ends_in_one_line_and_exit_code_1(arguments: list[str], told: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "monai.bundle", "run", *arguments, "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and arguments[-1 if "absent" in arguments[-1] else -2].strip("-") in last
+    assert last.startswith("error: ") and told in last
     assert "Traceback" not in done.stderr + done.stdout
 
 
