@@ -106,9 +106,9 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
         return
     config = workflow.parser.get()
     if workflow.run_id not in config:
-        known = ", ".join(key for key in ("training", "evaluating", "run") if key in config)
+        to_run = ", ".join(key for key in ("training", "evaluating", "run") if key in config)
         raise ValueError(
-            f"{workflow.run_id!r} is nothing that this config runs ({known}); of several files give their folder or a list, "
+            f"{workflow.run_id!r} is nothing that this config runs ({to_run}); of several files give their folder or a list, "
             "\"['a.nii.gz', 'b.nii.gz']\", rather than a pattern that the shell resolves"
         )
     referred = set(re.findall(r"@(\w+)", json.dumps(config, default=str)))
