@@ -124,7 +124,9 @@ def test_out_of_memory_names_a_strategy_that_fits(
     with pytest.raises(RuntimeError) as raised:
         train(iseg_folder, tmp_path, memory="store")
     _print_input_error(type(raised.value), raised.value, raised.tb)
-    told = capsys.readouterr().err.strip()
+    lines = capsys.readouterr().err.strip().splitlines()  # progress of loading before it
+    told = lines[-1]
+    assert [line for line in lines if "out of memory" in line] == [told]
     assert (
         told.startswith("error: out of memory (CUDA out of memory. Tried to allocate 20.00 MiB.)") and "\n" not in told
     )
