@@ -107,7 +107,7 @@ class Ledger(TorchDispatchMode):
         for x in tree_leaves(outputs):
             if isinstance(x, torch.Tensor) and _key(x.untyped_storage()) not in old:
                 self._book(x.untyped_storage())
-        inside = _bytes_inside(func, args)
+        inside = _bytes_inside(func, args, outputs)
         if inside:
             place = len(self._bookings)
             self._bookings += [(place, inside), (place, -inside)]
@@ -157,7 +157,7 @@ def _key(storage: torch.UntypedStorage) -> int:
     return StorageWeakRef(storage).cdata
 
 
-def _bytes_inside(func: Any, args: Any) -> int:
+def _bytes_inside(func: Any, args: Any, outputs: Any) -> int:
     """Return the bytes that a CPU's convolution takes for the time it runs, besides its result.
 
     PyTorch's own unfolds a small float32 input; oneDNN's copies what is not in channels-last order into its own.
@@ -172,7 +172,7 @@ def _bytes_inside(func: Any, args: Any) -> int:
         return 0
     width = max(weight.shape[2:])
     if x.dtype == torch.float32 and x.shape[0] == 1 and prod(x.shape[1:-1]) <= _SLOW_BELOW and width <= 3:
-        shape = x.shape if gradient is None else gradient.shape
+        shape = outputs.shape if gradient is None else gradient.shape
         return prod(weight.shape[1:]) * prod(shape[2:]) * x.element_size() if width > 1 else 0
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if width == 1 or (channels_last is not None and x.is_contiguous(memory_format=channels_last)):

@@ -13,10 +13,13 @@ from typing import Any, NamedTuple, get_args
 import torch
 from monai.bundle import ConfigParser
 from torch import nn
+from torch.nn import functional
 
 from memnet.accounting.dry_run import dry_run
 from memnet.budget import parse_bytes
 from memnet.chain import Chain, Memory
+from memnet.diffusion.superresolution import TensorLoss
+from memnet.nets.packed import PackedMoDL
 
 __all__ = ["Plan", "TrainingStep", "fill_budget", "largest_patch", "parse_bytes", "read_override"]
 
@@ -50,11 +53,6 @@ class Plan(NamedTuple):
     def total(self) -> int:
         """Bytes in all."""
         return self.peak + self.state
-
-    def overrides(self, network_id: str = "network_def") -> str:
-        """Return the overrides that make a config's training this step, to paste."""
-        memory = "" if self.memory is None else f" --{network_id}#memory {self.memory}"
-        return f'--patch_size "{list(self.patch)}"{memory} --amp {json.dumps(self.precision == "bfloat16")}'
 
 
 class TrainingStep:
@@ -94,14 +92,17 @@ class TrainingStep:
                 f"{', '.join(map(str, files)) or 'the config'}: has no {network_id}; name the network's id (--network_id)"
             )
         network = self._build_without_data(None)
+        self._packed = isinstance(network, PackedMoDL)
         self.strategies: list[str | None] = [None]
-        if any(isinstance(module, Chain) for module in network.modules()):
+        if self._packed or any(isinstance(module, Chain) for module in network.modules()):
             self.strategies = [memory for memory in get_args(Memory) if self._supports(memory)]
         self.state = 4 * 4 * sum(p.numel() for p in network.parameters())
-        self.in_channels = self._number(parser, f"{network_id}#in_channels", 1)
+        n_coils = self._number(parser, "n_coils", 8)  # of k-space, as many maps, and the mask
+        self.in_channels = 2 * n_coils + 1 if self._packed else self._number(parser, f"{network_id}#in_channels", 1)
         self.batch = self._number(parser, "batch_size", 1) * self._number(parser, "patches_per_volume", 1)
-        patch = parser.get_parsed_content("patch_size") if "patch_size" in parser else [64] * 3
-        self.patch = tuple(patch)
+        n_dims = self._number(parser, f"{network_id}#spatial_dims", 3)
+        patch = parser.get_parsed_content("patch_size") if "patch_size" in parser else () if self._packed else 64
+        self.patch: tuple[int, ...] = (patch,) * n_dims if isinstance(patch, int) else tuple(patch)
 
     def plan(
         self,
@@ -121,12 +122,14 @@ class TrainingStep:
             memory_budget: bytes of the network's two passes, for ``auto``.
 
         Raises:
-            ValueError: ``precision`` is unknown.
+            ValueError: ``precision`` is unknown, or neither ``patch`` nor the config says how large a slab of k-space is.
             RuntimeError: the network cannot be simulated.
         """
         if precision not in _PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}")
         patch, batch, dtype = tuple(patch) or self.patch, batch or self.batch, _PRECISIONS[precision]
+        if not patch:
+            raise ValueError("a slab's sizes depend on the raw data: say them (--shape 16 320 256)")
 
         def make() -> tuple[Callable[[], object], Iterable[torch.Tensor]]:
             parser = self._parser(memory)
@@ -134,8 +137,11 @@ class TrainingStep:
                 parser[f"{self._network_id}#memory_budget"] = memory_budget
             network = parser.get_parsed_content(self._network_id).train()
             loss = parser.get_parsed_content(self._loss_id) if self._loss_id in parser else None
-            image = torch.rand(batch, self.in_channels, *patch)
+            image = torch.rand(batch, self.in_channels, *patch, dtype=torch.complex64 if self._packed else None)
             label = torch.zeros(batch, 1, *patch)
+            if isinstance(loss, TensorLoss):
+                with torch.no_grad():
+                    label = functional.pad(network(image), [0, 0] * len(patch) + [0, 1])  # and the regions
 
             def run() -> None:
                 with torch.autocast("cpu", dtype, enabled=dtype is not None):
@@ -152,6 +158,19 @@ class TrainingStep:
 
         found = dry_run(make)
         return Plan(memory, precision, tuple(patch), batch, found.peak, self.state, found.flops)
+
+    def overrides(self, plan: Plan) -> str:
+        """Return the overrides that make the config's training this step, to paste."""
+        known = self._content.get("patch_size")
+        patch = f'--patch_size "{list(plan.patch)}"' if not isinstance(known, int) else f"--patch_size {plan.patch[0]}"
+        if self._packed:
+            patch = f"--{'n_frames' if 'n_frames' in self._content else 'slab_size'} {plan.patch[0]}"
+        memory_id = f"{self._network_id}#memory"
+        reference = self._content.get(self._network_id, {}).get("memory")
+        if isinstance(reference, str) and reference.startswith("@"):
+            memory_id = reference[1:]
+        memory = "" if plan.memory is None else f" --{memory_id} {plan.memory}"
+        return f"{patch}{memory} --amp {json.dumps(plan.precision == 'bfloat16')}"
 
     def _build_without_data(self, memory: str | None) -> nn.Module:
         with torch.device("meta"):
@@ -180,9 +199,15 @@ class TrainingStep:
 
 
 def largest_patch(
-    step: TrainingStep, budget: int, memory: str | None, precision: str, batch: int = 0, multiple: int = 8
+    step: TrainingStep,
+    budget: int,
+    memory: str | None,
+    precision: str,
+    batch: int = 0,
+    multiple: int = 8,
+    shape: Sequence[int] = (),
 ) -> Plan | None:
-    """Find the largest cube (square, interval) that fits.
+    """Find the largest cube (square, interval) that fits, or the thickest slab.
 
     Args:
         step: the training step.
@@ -191,19 +216,25 @@ def largest_patch(
         precision: likewise.
         batch: likewise.
         multiple: sides that are tried are multiples of it.
+        shape: sizes of the patch, 0 for the sides to be found; all where empty.
 
     Returns:
         The plan of that patch, or None if not even a side of twice ``multiple`` fits.
     """
-    n_dims = len(step.patch)
-    known = [step.plan(memory, precision, [side] * n_dims, batch) for side in (4 * multiple, 8 * multiple)]
+    shape = shape or (0,) * len(step.patch)
+    n_free = list(shape).count(0)
+
+    def plan_side(side: int) -> Plan:
+        return step.plan(memory, precision, [n or side for n in shape], batch)
+
+    known = [plan_side(side) for side in (4 * multiple, 8 * multiple)]
     voxels = [prod(plan.patch) for plan in known]
     slope = (known[1].total - known[0].total) / (voxels[1] - voxels[0])
     fitting = max(0.0, (budget - known[0].total) / slope + voxels[0])
-    side = int(fitting ** (1 / n_dims) + 1e-6) // multiple * multiple
+    side = int((fitting / prod(n or 1 for n in shape)) ** (1 / n_free) + 1e-6) // multiple * multiple
     while side >= 2 * multiple:
         # what grows with the volume alone would need no second look; borders and unfolded convolutions do
-        plan = step.plan(memory, precision, [side] * n_dims, batch)
+        plan = plan_side(side)
         if plan.total <= budget:
             return plan
         side -= multiple
@@ -253,6 +284,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--patch", type=int, nargs="+", default=[], help="sides of cubic patches; the config's by default"
     )
+    parser.add_argument(
+        "--shape", type=int, nargs="+", default=[], help="sizes of one patch or slab; with --budget 0 for what to find"
+    )
     parser.add_argument("--batch", type=int, default=0, help="patches a step; the config's by default")
     parser.add_argument("--memory", nargs="+", choices=get_args(Memory), help="strategies; all by default")
     parser.add_argument("--precision", nargs="+", choices=list(_PRECISIONS), default=list(_PRECISIONS))
@@ -270,6 +304,11 @@ def _run(arguments: argparse.Namespace) -> None:
     step = TrainingStep(a.config_file, dict(read_override(text) for text in a.set), a.network_id, a.loss_id)
     strategies = step.strategies if step.strategies == [None] else a.memory or step.strategies
     patches = [(side,) * len(step.patch) for side in a.patch] or [step.patch]
+    if a.shape:
+        patches = [] if 0 in a.shape else [tuple(a.shape)]
+        if not patches and budget is None:
+            raise ValueError("a size of 0 in --shape is to be found, which takes a --budget")
+    free = a.shape if 0 in a.shape else ()
     stored: dict[Any, float] = {}
     print("| `memory` | precision | patch | patches a step | activations, MiB | in all, MiB | operations |")
     print("|---|---|---|---|---|---|---|")
@@ -279,22 +318,24 @@ def _run(arguments: argparse.Namespace) -> None:
         for memory in strategies:
             plans = [step.plan(memory, precision, patch, a.batch) for patch in patches]
             if budget is not None:
-                largest = largest_patch(step, budget, memory, precision, a.batch)
+                largest = largest_patch(step, budget, memory, precision, a.batch, 4 if free else 8, free)
                 plans += [largest] if largest else []
                 if largest and (best is None or prod(largest.patch) > prod(best.patch)):
                     best = largest
             for plan in plans:
                 print(_row(plan, stored, budget), flush=True)
-        filled = fill_budget(step, budget, precision, patches[0], a.batch) if budget and "store" in strategies else None
+        filled = None
+        if budget and patches and "store" in strategies:
+            filled = fill_budget(step, budget, precision, patches[0], a.batch)
         if filled:
             print(_row(filled[0], stored, budget), flush=True)
-            lines.append(f"{filled[0].overrides(a.network_id)} --{a.network_id}#memory_budget {filled[1]}")
+            lines.append(f"{step.overrides(filled[0])} --{a.network_id}#memory_budget {filled[1]}")
     print()
     print("In all: with parameters, gradients and Adam's averages. Operations: to those of `store` at the same patch.")
     print("A GPU's convolutions and its context come on top.")
     if budget is not None:
         print()
-        print(f"Fits in {a.budget}: {best.overrides(a.network_id)}" if best else f"Nothing fits in {a.budget}.")
+        print(f"Fits in {a.budget}: {step.overrides(best)}" if best else f"Nothing fits in {a.budget}.")
         for line in lines:
             print(f"Recomputes no more than {a.budget} demands: {line}")
 

@@ -61,12 +61,12 @@ def _of_training(step: TrainingStep, budget: int, precision: str) -> str:
     for memory in step.strategies:
         plans.append(step.plan(memory, precision))
         if memory is not None and plans[-1].total <= budget:
-            return f"{told}; it fits with {plans[-1].overrides()} ({_gib(plans[-1])})"
+            return f"{told}; it fits with {step.overrides(plans[-1])} ({_gib(plans[-1])})"
     least = min(plans, key=lambda plan: plan.total)
     largest = largest_patch(step, budget, least.memory, precision)
     if largest is None:
-        return f"{told}, {_gib(least)} with {least.overrides()}; no patch fits this device"
-    return f"{told}; it fits with {largest.overrides()} ({_gib(largest)})"
+        return f"{told}, {_gib(least)} with {step.overrides(least)}; no patch fits this device"
+    return f"{told}; it fits with {step.overrides(largest)} ({_gib(largest)})"
 
 
 def _bytes_of(device: Any) -> int:

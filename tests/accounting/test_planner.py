@@ -11,10 +11,13 @@ import torch
 from checks import MEMORIES
 from monai.bundle import ConfigParser
 
+import memnet
 from memnet.accounting.dry_run import dry_run
 from memnet.accounting.live_memory import peak_live_bytes
-from memnet.accounting.planner import TrainingStep, fill_budget, largest_patch, parse_bytes
+from memnet.accounting.planner import Plan, TrainingStep, fill_budget, largest_patch, parse_bytes
 from memnet.cli import main
+from memnet.diffusion.superresolution import TensorLoss
+from memnet.nets.packed import PackedMoDL, pack
 
 CONTENT: dict[str, Any] = {
     "network_name": "fully",
@@ -80,6 +83,61 @@ def test_any_network_of_a_config_is_foretold(config):
     assert step.plan(None, patch=[32] * 3, batch=1).peak == pytest.approx(
         measured(None, "float32", [32] * 3, 1, network_def=PEER), rel=0.05
     )
+
+
+BUNDLES = Path(__file__).parents[2] / "bundles"
+
+
+@pytest.mark.parametrize("memory", ["store", "invert"])
+def test_super_resolution_is_foretold(memory):
+    step = TrainingStep(
+        BUNDLES / "brain_dti_superres_iqt" / "configs" / "train.json", {"n_blocks": 2, "batch_size": 3, "patch_size": 7}
+    )
+    network, loss = memnet.ESPCNRevNet(n_blocks=2, memory=memory), TensorLoss("squared")
+    image, label = torch.rand(3, 6, 7, 7, 7), torch.rand(3, 7, 6, 6, 6)
+    peak = peak_live_bytes(lambda: loss(network(image), label).backward(), network.parameters())
+    assert step.plan(memory).peak == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("bundle", "memory", "shape", "tile"),
+    [
+        ("knee_mri_recon_mel", "checkpoint", [6, 12, 24], [12]),
+        ("knee_mri_recon_mel", "store", [6, 12, 24], None),
+        ("cardiac_cine_recon_mel", "checkpoint", [5, 16, 16], [8]),
+    ],
+)
+def test_reconstruction_is_foretold(bundle, memory, shape, tile):
+    numbers = {"n_coils": 3, "n_unrolls": 1, "channels": 8, "tile": tile}
+    step = TrainingStep(BUNDLES / bundle / "configs" / "train.json", numbers)
+    consistency = memnet.DataConsistency(mu=0.25, max_iterations=10)
+    arguments = {"n_unrolls": 1, "channels": 8, "tile": tile, "memory": memory}
+    network = PackedMoDL(3, data_consistency=consistency, **arguments)
+    image, target = (
+        pack(*(torch.randn(n, *shape, dtype=torch.complex64) for n in (3, 3, 1)))[None],
+        torch.rand(1, 2, *shape),
+    )
+    loss = torch.nn.L1Loss()
+    peak = peak_live_bytes(lambda: loss(network(image), target).backward(), network.parameters())
+    assert step.plan(memory, patch=shape).peak == pytest.approx(peak, rel=0.05)
+
+
+def test_overrides_are_those_of_the_bundle():
+    knee = TrainingStep(BUNDLES / "knee_mri_recon_mel" / "configs" / "train.json")
+    with pytest.raises(ValueError, match="--shape"):
+        knee.plan("checkpoint")
+    plan = Plan("checkpoint", "float32", (4, 8, 8), 1, 0, 0, 0)
+    assert knee.overrides(plan) == "--slab_size 4 --memory checkpoint --amp false"
+    superres = TrainingStep(BUNDLES / "brain_dti_superres_iqt" / "configs" / "train.json")
+    assert superres.patch == (11, 11, 11) and superres.batch == 12
+    assert superres.overrides(plan._replace(patch=(9, 9, 9))) == "--patch_size 9 --memory checkpoint --amp false"
+
+
+def test_the_thickest_slab(config):
+    step = TrainingStep(config)
+    found = largest_patch(step, 60 * 2**20, "invert", "float32", 2, 4, (0, 24, 16))
+    thicker = step.plan("invert", patch=(found.patch[0] + 4, 24, 16), batch=2)
+    assert found.patch[1:] == (24, 16) and found.total <= 60 * 2**20 < thicker.total
 
 
 def test_operations_of_a_step(config):
