@@ -130,7 +130,7 @@ def test_out_of_memory_names_a_strategy_that_fits(
     assert (
         told.startswith("error: out of memory (CUDA out of memory. Tried to allocate 20.00 MiB.)") and "\n" not in told
     )
-    found = re.search(r"it fits with --patch_size \"\[16, 16, 16\]\" --network_def#memory (\w+)", told)
+    found = re.search(r"it fits with --patch_size \"\[16, 16, 16\]\" --memory (\w+)", told)
     assert found, told
     assert plans[found[1]].total <= budget < plans["store"].total
     # where no strategy makes room for the patch, a smaller one
