@@ -80,7 +80,10 @@ def _canvas(rows: list[dict[str, np.ndarray]], bright: float, words: tuple[str, 
             if i == 0:
                 axes.set_title(name, color="white", fontsize=10, pad=4)
             elif j == 0:
-                axes.text(0.03, 0.95, words[i], color="white", fontsize=9, va="top", transform=axes.transAxes)
+                patch = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}
+                axes.text(
+                    0.03, 0.95, words[i], color="white", fontsize=9, va="top", transform=axes.transAxes, bbox=patch
+                )
     canvas.draw()
     return canvas
 
