@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from memnet.benchmarks.measurement import measure_in_turn
+from memnet.benchmarks.records import write_whole
 from memnet.benchmarks.tables import machine, markdown_table, shown
 from memnet.mri.operators import SenseOperator
 from memnet.nets.modl import DataConsistency, MoDL, Regularization, ResidualCNN
 
-__all__ = ["STRATEGIES", "Cost", "compare_strategies", "simulated_slab"]
+__all__ = ["STRATEGIES", "Cost", "compare_strategies", "draw_costs", "simulated_slab"]
 
 # MoDL's arguments; "published" is memory-efficient learning without the guard that would stop it
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -144,6 +145,40 @@ def table(costs: Sequence[Cost]) -> str:
     return markdown_table(["strategy", "unrolls", "peak, MiB", "to plain", "time to plain", "gradient error"], rows)
 
 
+def draw_costs(costs: Sequence[Cost], file: str | Path) -> None:
+    """Draw memory and time against the number of unrolls.
+
+    Args:
+        costs: from :func:`compare_strategies`, for at least one number of unrolls.
+        file: the picture to write, PNG.
+    """
+    from matplotlib.figure import Figure  # takes seconds to import
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained", dpi=110)
+    memory_axes, time_axes = figure.subplots(1, 2)
+    unit = min((cost for cost in costs if cost.strategy == "plain"), key=lambda cost: cost.n_unrolls)
+    for i, name in enumerate(dict.fromkeys(cost.strategy for cost in costs)):
+        mine = sorted((cost for cost in costs if cost.strategy == name), key=lambda cost: cost.n_unrolls)
+        unrolls = [cost.n_unrolls for cost in mine]
+        style = {
+            "color": f"C{i}",
+            "marker": "osD^v"[i % 5],
+            "mfc": "none",
+            "ls": ("-", "--", ":")[i % 3],
+            "label": name,
+        }
+        memory_axes.plot(unrolls, [cost.peak / 2**20 for cost in mine], **style)
+        time_axes.plot(unrolls, [cost.seconds / unit.seconds for cost in mine], **style)
+    memory_axes.set(yscale="log", ylabel="peak memory of a step, MiB")
+    time_axes.set(ylabel=f"time of a step, that of plain with {unit.n_unrolls} unrolls = 1", ylim=(0, None))
+    for axes in (memory_axes, time_axes):
+        axes.set_xticks(sorted({cost.n_unrolls for cost in costs}))
+        axes.set_xlabel("unrolls, N")
+        axes.grid(alpha=0.3)
+    figure.legend(*memory_axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(file)
+
+
 def add_parser(commands: Any) -> None:
     """Add the command ``unrolled`` to the command line."""
     parser = commands.add_parser("unrolled", help="measure a training step of MoDL under each memory strategy")
@@ -155,7 +190,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each strategy")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="also write the numbers into this JSON file")
+    parser.add_argument("--output_dir", type=Path, help="folder to write unrolled.json and unrolled.png to")
     parser.set_defaults(function=_run)
 
 
@@ -174,5 +209,14 @@ def _run(arguments: argparse.Namespace) -> None:
             device=arguments.device,
         )
         print(table(costs), flush=True)
-    if arguments.output:
-        arguments.output.write_text(json.dumps([c._asdict() for c in costs], indent=1), encoding="utf-8")
+    if arguments.output_dir:
+        content = {
+            "machine": machine(arguments.device),
+            "shape": arguments.shape,
+            "coils": arguments.coils,
+            "channels": arguments.channels,
+            "tile": arguments.tile,
+            "costs": [cost._asdict() for cost in costs],
+        }
+        write_whole(arguments.output_dir / "unrolled.json", json.dumps(content, indent=1) + "\n")
+        draw_costs(costs, arguments.output_dir / "unrolled.png")

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from memnet.benchmarks.unrolled import STRATEGIES, compare_strategies, simulated_slab, table
 from memnet.cli import main
@@ -40,14 +42,17 @@ def test_the_simulated_data_are_undersampled_and_the_same_each_time():
     assert (simulated_slab((2, 16, 24), 3)[0] == kspace).all()
 
 
-def test_the_command_prints_the_table_and_writes_the_numbers(tmp_path, capsys):
-    output = tmp_path / "unrolled.json"
+def test_the_command_prints_the_table_and_writes_numbers_and_picture(tmp_path, capsys):
     arguments = (
-        "unrolled --unrolls 1 --shape 2 8 16 --coils 1 --channels 4 --tile 8 --rounds 1 --strategies tiles".split()
+        "unrolled --unrolls 1 2 --shape 2 8 16 --coils 1 --channels 4 --tile 8 --rounds 1 --strategies tiles".split()
     )
-    assert main([*arguments, "--device", "cpu", "--output", str(output)]) == 0
+    assert main([*arguments, "--device", "cpu", "--output_dir", str(tmp_path / "new")]) == 0
     assert "| tiles | 1 |" in capsys.readouterr().out
-    assert [cost["strategy"] for cost in json.loads(output.read_text())] == ["plain", "tiles"]
+    written = json.loads((tmp_path / "new" / "unrolled.json").read_text())
+    names = [(cost["strategy"], cost["n_unrolls"]) for cost in written["costs"]]
+    assert names == [("plain", 1), ("tiles", 1), ("plain", 2), ("tiles", 2)]
+    with Image.open(tmp_path / "new" / "unrolled.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
 
 
 def test_an_unknown_strategy_is_refused():
