@@ -82,7 +82,9 @@ def deform(
     residual = (series.signals - predicted)[series.mask]
     content = np.concatenate([np.moveaxis(tensors, -1, 0), _unweighted(series)[None]])
     content = complete_edge(content, around.mask)
-    moved = np.stack([ndimage.map_coordinates(c, place, order=1, mode="nearest") for c in content], -1)
+    # cubic, since linear interpolation would smooth what a network is to sharpen
+    moved = np.stack([ndimage.map_coordinates(c, place, order=3, mode="nearest") for c in content], -1)
+    moved[..., 6] = np.clip(moved[..., 6], content[6].min(), content[6].max())
     brain, head = (
         block_mean(ndimage.map_coordinates(mask.astype(np.float32), place, order=1), rate) >= 0.5
         for mask in (series.mask, around.mask)

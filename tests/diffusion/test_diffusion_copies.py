@@ -33,12 +33,12 @@ def test_what_is_turned_turns_with_its_tensors(affine: np.ndarray, tmp_path: Pat
     world = positions(series.mask.shape, affine)
     centre = world[series.mask].mean(0)
     turn, error = _turn_between(series, copy, world - centre)
-    assert error < 1e-5 and 5 < np.degrees(np.arccos((np.trace(turn) - 1) / 2)) < 40
+    assert error < 1e-3 and 5 < np.degrees(np.arccos((np.trace(turn) - 1) / 2)) < 40
     found = as_matrices(fit_tensors(copy))
     expected = turn.T @ field(centre + (world - centre) @ turn.T) @ turn
     inner = ndimage.binary_erosion(copy.mask, iterations=3)
     assert inner.sum() > 100
-    assert np.abs(found - expected)[inner].max() < 2e-5  # mm^2/s, of an anisotropy of 1.2e-3: linear interpolation
+    assert np.abs(found - expected)[inner].max() < 1e-5  # mm^2/s, of an anisotropy of 1.2e-3
     assert np.abs(field(world) - expected)[inner].max() > 2e-4
 
 
