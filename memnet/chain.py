@@ -1,20 +1,18 @@
-"""A chain of blocks and its memory strategy: what backpropagation keeps, and how the rest is brought back."""
+"""A chain of blocks whose memory strategy says what backpropagation keeps."""
 
-import math
-import warnings
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any, Literal, get_args
 
 import torch
 from monai.data import MetaTensor
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from memnet import strategies
 from memnet.budget import FitBeforehand, fit_to_budget, parse_bytes
-from memnet.grid import OutOfRangeError, as_stream, check_range, magnitude, round_to_grid
-from memnet.invertible import DriftError, Invertible, Recorded
-from memnet.recompute import Gradients, Replay, SideEffects, accumulate, replay_with_grad
+from memnet.grid import as_stream, check_range, magnitude, round_to_grid
+from memnet.invertible import Invertible, Recorded
+from memnet.recompute import Gradients, accumulate
+from memnet.strategies import pack, unpack
 
 __all__ = ["Chain", "Memory", "set_memory"]
 
@@ -155,16 +153,16 @@ class Chain(nn.ModuleList):
             ValueError: a strategy other than ``store`` meets blocks that are sharded one by one.
         """
         if self.memory == "store" or not _differentiates(self, state):
-            return _unpack(self._run(*state))
+            return unpack(self._run(*state))
         _require_whole_parameters(self)
         if self.memory == "auto":
             fit_to_budget(self, self.memory_budget, state)
         template = next((x for x in state if isinstance(x, MetaTensor)), None)
         plain = [x.as_tensor() if isinstance(x, MetaTensor) else x for x in state]
-        outputs = _strategies[self.memory](self, plain)
+        outputs = getattr(strategies, self.memory)(self, plain)
         if template is not None:
             outputs = tuple(MetaTensor(y).copy_meta_from(template) for y in outputs)
-        return _unpack(outputs)
+        return unpack(outputs)
 
     @torch.jit.unused
     def inverse(self, *state: torch.Tensor) -> Any:
@@ -176,8 +174,8 @@ class Chain(nn.ModuleList):
         for block in reversed(self):
             if not isinstance(block, Invertible | Chain):
                 raise TypeError(f"{type(block).__name__} is not invertible")
-            state = _pack(block.inverse(*state))
-        return _unpack(state)
+            state = pack(block.inverse(*state))
+        return unpack(state)
 
     @torch.jit.export
     def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -198,7 +196,7 @@ class Chain(nn.ModuleList):
     def _run(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         current = tuple(self._on_grid(list(state)))
         for block in self:
-            current = _pack(block(*current))
+            current = pack(block(*current))
         return current
 
     @property
@@ -310,180 +308,8 @@ def _switch(module: nn.Module, memory: Memory | Literal["auto"]) -> bool:
     return any([_switch(child, memory) for child in module.children()]) or own
 
 
-class _Invert(torch.autograd.Function):
-    """Keeps a chain's output; the backward pass inverts block after block, with one block's graph alive."""
-
-    @staticmethod
-    def forward(
-        ctx, chain: Chain, basket: "_Basket", n_state: int, parameters: list[nn.Parameter], *tensors: torch.Tensor
-    ):
-        rounded = chain._rounds and chain.fraction_bits is not None  # so that the state is the chain's own
-        recorded = chain._record([tuple(chain._on_grid(list(tensors[:n_state])))], rounded)
-        ctx.chain, ctx.basket, ctx.n_state, ctx.parameters = chain, basket, n_state, parameters
-        ctx.set_materialize_grads(False)
-        ctx.replays, ctx.n_outputs = recorded.replays, len(recorded.state)
-        ctx.n_kept = len(recorded.kept)
-        inputs = tensors[:n_state] if chain.on_drift == "rerun" else ()
-        ctx.save_for_backward(*recorded.state, *recorded.kept, *inputs)
-        return _owned(recorded.state, tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *_):
-        saved, gradients = ctx.saved_tensors, ctx.basket.pop()
-        kept, inputs = saved[ctx.n_outputs :][: ctx.n_kept], saved[ctx.n_outputs + ctx.n_kept :]
-        held: list[Any] = [gradients, Recorded(saved[: ctx.n_outputs], ctx.replays, kept, wanted=False)]
-        # Unless the graph is retained, the chain holds the only reference to its outputs and frees them with its last block.
-        ctx.maybe_clear_saved_tensors()
-        del saved, kept
-        if not inputs:
-            del gradients
-        try:
-            _, state_gradients, found = ctx.chain.pull_back(held.pop(), held.pop())
-        except DriftError:
-            replays = [replay for replay, _ in ctx.replays]
-            if not inputs or not all(isinstance(replay, Replay) for replay in replays):
-                raise
-            found = {}
-            state_gradients = _rerun_backward(replays, ctx.chain._on_grid(list(inputs)), gradients, 1, found)
-        return (None, *_needed(ctx, state_gradients, found))
-
-
-_Basket = list[Sequence[torch.Tensor | None]]
-
-
-class _HandOver(torch.autograd.Function):
-    """Gives the gradients of a chain's outputs to the chain in a basket, and to autograd zeros that take no memory.
-
-    Autograd's engine holds what it gives a Function until that returns: as much as the state, for the whole of the chain's
-    backward pass. Nothing else can use what this Function takes, so that the chain's turn comes right after it.
-    """
-
-    @staticmethod
-    def forward(ctx, basket: _Basket, *outputs: torch.Tensor):
-        ctx.basket = basket
-        ctx.set_materialize_grads(False)
-        return tuple(y.detach() for y in outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients):
-        ctx.basket[:] = [gradients]
-        return (None, *(None if d is None else d.new_zeros(()).expand_as(d) for d in gradients))
-
-
-class _Rerun(torch.autograd.Function):
-    """Keeps the input of consecutive blocks; the backward pass runs them again, halving until ``leaf`` blocks are left."""
-
-    @staticmethod
-    def forward(ctx, blocks: list[nn.Module], leaf: int, n_state: int, parameters: list[nn.Parameter], *tensors):
-        state = tensors[:n_state]
-        ctx.replays, ctx.leaf, ctx.n_state, ctx.parameters = [Replay(b) for b in blocks], leaf, n_state, parameters
-        ctx.save_for_backward(*state)
-        for replay in ctx.replays:
-            state = replay.first(*state)
-        return _owned(state, tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients):
-        found: Gradients = {}
-        state_gradients = _rerun_backward(ctx.replays, ctx.saved_tensors, gradients, ctx.leaf, found)
-        return (None, *_needed(ctx, state_gradients, found))
-
-
-def _rerun_backward(
-    replays: list[Replay],
-    inputs: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor | None],
-    leaf: int,
-    found: Gradients,
-) -> Sequence[torch.Tensor | None]:
-    if len(replays) <= leaf:
-        _, pull_back = replay_with_grad(replays, inputs)
-        state_gradients, more = pull_back(gradients)
-        accumulate(found, more)
-        return state_gradients
-    half = len(replays) // 2
-    state = tuple(inputs)
-    with torch.no_grad():
-        for replay in replays[:half]:
-            state = replay.again(*state)
-    gradients = _rerun_backward(replays[half:], state, gradients, leaf, found)
-    del state
-    return _rerun_backward(replays[:half], inputs, gradients, leaf, found)
-
-
-def _owned(outputs: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    # A block may hand an input on as it is; autograd wants outputs of a Function to be its own.
-    return tuple(y.view_as(y) if any(y is x for x in inputs) else y for y in outputs)
-
-
-def _needed(ctx, state_gradients: Sequence[torch.Tensor | None], found: Gradients) -> tuple[torch.Tensor | None, ...]:
-    parameter_gradients = [found.get(p) for p in ctx.parameters]
-    return (None, None, None, *state_gradients, *parameter_gradients)
-
-
-def _invert(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    parameters = list(chain.parameters())
-    basket: _Basket = []
-    before = SideEffects(chain, state)
-    try:
-        return _HandOver.apply(basket, *_Invert.apply(chain, basket, len(state), parameters, *state, *parameters))
-    except OutOfRangeError as error:
-        warnings.warn(
-            f'{error}; such a step is trained with memory="checkpoint", which is as exact and needs more memory. A lower '
-            "learning rate, normalised branches or a coarser grid (smaller fraction_bits) keep streams in range.",
-            stacklevel=2,
-        )
-    before.undo()
-    return _checkpoint(chain, state)
-
-
-def _checkpoint(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    size = chain.segment or math.ceil(math.sqrt(len(chain)))
-    blocks = list(chain)
-    current = tuple(chain._on_grid(state))
-    for start in range(0, len(blocks), size):
-        if size == 1 and getattr(blocks[start], "recomputes", False):
-            current = _pack(blocks[start](*current))
-        else:
-            current = _rerun(blocks[start : start + size], size, current)
-    return current
-
-
-def _recursive(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return _rerun(list(chain), 1, tuple(chain._on_grid(state)))
-
-
-def _auto(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    current = tuple(chain._on_grid(state))
-    for stored, places in groupby(range(len(chain)), key=lambda i: i in chain.stored):
-        part = Chain([chain[i] for i in places], "store", chain.segment, chain.on_drift)
-        part._rounds = False  # the state is on the grid already
-        part.memory = "store" if stored else "invert" if part.exact else "checkpoint"
-        current = _pack(part(*current))
-    return current
-
-
-def _rerun(blocks: list[nn.Module], leaf: int, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    parameters = list(dict.fromkeys(p for block in blocks for p in block.parameters()))
-    return _Rerun.apply(blocks, leaf, len(state), parameters, *state, *parameters)
-
-
-_strategies = {"checkpoint": _checkpoint, "recursive": _recursive, "invert": _invert, "auto": _auto}
-
-
 def _differentiates(chain: Chain, state: tuple[torch.Tensor, ...]) -> bool:
     """Tell whether a backward pass may follow; exports and inference see plain modules."""
     if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
     return any(x.requires_grad for x in state) or any(p.requires_grad for p in chain.parameters())
-
-
-def _pack(state: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return (state,) if isinstance(state, torch.Tensor) else tuple(state)
-
-
-def _unpack(state: tuple[torch.Tensor, ...]) -> Any:
-    return state[0] if len(state) == 1 else state
