@@ -320,7 +320,7 @@ class MoDL(nn.Module):
             mask: which samples were taken, see :class:`memnet.SenseOperator`.
 
         Returns:
-            The image, complex ``(B, *dims)``.
+            The image, complex ``(B, *dims)``; 0 where all coil maps are.
 
         Raises:
             ValueError: shapes or types do not fit.
@@ -338,7 +338,8 @@ class MoDL(nn.Module):
         with _images_on_host(adjoint) if self.host else nullcontext():
             for i in range(0, len(steps), length):
                 state = Chain(steps[i : i + length], self.memory, segment=1, on_drift=self.on_drift)(*state)
-        return state[0]
+        # What no coil sees, data consistency leaves as the regulariser made it.
+        return state[0] * csm.ne(0).any(1)
 
 
 def _some_voxels(x: torch.Tensor) -> torch.Tensor:

@@ -190,6 +190,16 @@ def test_a_regulariser_of_ones_own():
     assert apart.regularizers[1].residual is not own
 
 
+@pytest.mark.parametrize("memory", ["store", "checkpoint"])
+def test_the_image_is_zero_where_no_coil_sees(memory):
+    kspace, csm, mask = example((1, 4, 8, 12), (1, 3, 4, 8, 12))
+    csm[..., :5] = 0
+    csm[:, 1:, ..., 5] = 0  # one coil is enough
+    output = network(3, memory=memory)(kspace, csm, mask)
+    assert (output[..., :5] == 0).all()
+    assert (output[..., 5:] != 0).all()
+
+
 def test_mu_is_learned_or_fixed():
     inputs = example(*SHAPES["2D"][:2])
     assert gradients(network(), inputs)["data_consistency.log_mu"].abs() > 0
