@@ -22,7 +22,7 @@ from memnet.diffusion.tensors import as_channels, as_matrices, fine_affine
 pytestmark = WARNINGS
 
 BUNDLE = BUNDLES / "brain_dti_superres_iqt"
-SMALL: dict[str, Any] = {"network_def#channels": [4, 4], "n_blocks": 1, "patch_size": 7, "device": "cpu"}
+SMALL: dict[str, Any] = {"network_def#channels": [12, 12], "n_blocks": 1, "patch_size": 7, "device": "cpu"}
 SMALL_TRAINING = {**SMALL, "patches_per_epoch": 4, "batch_size": 2}
 SHAPE = (16, 14, 17)
 
@@ -36,7 +36,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     path = tmp_path / "weights.pt"
-    torch.save(ESPCNRevNet(n_blocks=1, channels=(4, 4)).state_dict(), path)
+    torch.save(ESPCNRevNet(n_blocks=1, channels=(12, 12)).state_dict(), path)
     return path
 
 

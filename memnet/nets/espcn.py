@@ -1,7 +1,9 @@
 """Super-resolution by sub-pixel convolutions, and the same with stacks of reversible blocks between them."""
 
+import functools
+import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from monai.networks.layers.factories import Conv, Norm
@@ -14,6 +16,8 @@ from memnet.couplings import AdditiveCoupling, ChannelMerge, ChannelSplit
 from memnet.grid import FRACTION_BITS
 
 __all__ = ["ESPCN", "ESPCNRevNet"]
+
+Start = Literal["random", "identity", "interpolation"]
 
 _KERNELS = (3, 1, 3)
 
@@ -41,7 +45,9 @@ class ESPCNRevNet(nn.Module):
         channels: channels after the first and after the second convolution.
         memory: what backpropagation keeps, see :class:`memnet.Chain`.
         fraction_bits: see :class:`memnet.AdditiveCoupling`; inputs should be of magnitude 1, as diffusivities in um^2/ms are.
-        identity_start: begin with stacks that change nothing, that is as ESPCN: the last convolution of each branch is zero.
+        start: how training begins: ``"random"``; ``"identity"``, with stacks that change nothing, that is as ESPCN: the last
+            convolution of each branch is zero; ``"interpolation"``, as linear interpolation: as before, and some channels of
+            the convolutions carry the input through, the others add nothing yet.
         memory_budget: bytes for forward and backward pass under ``memory="auto"``, such as ``"12GiB"``.
 
     Raises:
@@ -66,7 +72,7 @@ class ESPCNRevNet(nn.Module):
         channels: Sequence[int] = (50, 100),
         memory: Memory | Literal["auto"] = "invert",
         fraction_bits: int | None = FRACTION_BITS,
-        identity_start: bool = False,
+        start: Start = "random",
         memory_budget: int | str | None = None,
     ) -> None:
         super().__init__()
@@ -81,6 +87,13 @@ class ESPCNRevNet(nn.Module):
             raise ValueError(f"n_blocks must be at least 0, got {n_blocks}")
         if len(channels) != 2 or min(channels) < 1:
             raise ValueError(f"channels must be two numbers of at least 1, got {tuple(channels)}")
+        if start not in get_args(Start):
+            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {start!r}")
+        if start == "interpolation" and (out_channels != in_channels or min(channels) < 2 * in_channels):
+            raise ValueError(
+                f"an interpolation of {in_channels} channels needs as many of the output and {2 * in_channels} channels "
+                f"between, got {out_channels} and {tuple(channels)}; start as 'identity' without"
+            )
         self.spatial_dims, self.in_channels, self.upsampling_rate = spatial_dims, in_channels, int(upsampling_rate)
         widths = [in_channels, *channels, out_channels * self.upsampling_rate**spatial_dims]
         self.layers = nn.ModuleList()
@@ -88,11 +101,13 @@ class ESPCNRevNet(nn.Module):
             n_in, n_out = widths[i : i + 2]
             if n_blocks > 0 and n_in > 1:
                 stack = _stack(spatial_dims, n_in, n_blocks, fraction_bits)
-                if identity_start:
+                if start != "random":
                     _set_to_identity(stack)
                 self.layers.append(stack)
             is_last = i == len(_KERNELS) - 1
             self.layers.append(Chain([_Convolution(spatial_dims, n_in, n_out, kernel, not is_last)], segment=1))
+        if start == "interpolation":
+            _set_to_interpolation(self)
         self.memory_budget: int | str | None = None
         set_memory(self, memory, memory_budget)
 
@@ -144,9 +159,8 @@ class ESPCN(ESPCNRevNet):
         in_channels: channels of the input; 6 for a diffusion tensor.
         out_channels: channels of the output; as many as the input's where None.
         upsampling_rate: refinement of the grid along each axis, an integer.
-        channels: channels after the first and after the second convolution.
-        memory: ``store``, or one of the others to run the convolutions again in the backward pass.
-        memory_budget: bytes for forward and backward pass under ``memory="auto"``, such as ``"12GiB"``.
+        options: further arguments of :class:`ESPCNRevNet`; ``memory`` is ``store`` where it is not among them, others run the
+            convolutions again in the backward pass.
 
     Raises:
         ValueError: an argument is out of range.
@@ -162,12 +176,9 @@ class ESPCN(ESPCNRevNet):
         in_channels: int = 6,
         out_channels: int | None = None,
         upsampling_rate: int = 2,
-        channels: Sequence[int] = (50, 100),
-        memory: Memory | Literal["auto"] = "store",
-        memory_budget: int | str | None = None,
+        **options: Any,
     ) -> None:
-        arguments = spatial_dims, in_channels, out_channels, upsampling_rate, 0, channels, memory
-        super().__init__(*arguments, memory_budget=memory_budget)
+        super().__init__(spatial_dims, in_channels, out_channels, upsampling_rate, 0, **{"memory": "store"} | options)
 
 
 def _stack(spatial_dims: int, channels: int, n_blocks: int, fraction_bits: int | None) -> Chain:
@@ -186,6 +197,29 @@ def _set_to_identity(stack: Chain) -> None:
     for branch in (module for module in stack.modules() if isinstance(module, _Bottleneck)):
         for parameter in branch[-1].parameters():
             nn.init.zeros_(parameter)
+
+
+@torch.no_grad()
+def _set_to_interpolation(network: ESPCNRevNet) -> None:
+    """Let convolutions carry ``x`` as ``relu(x)`` and ``relu(-x)``, and the last one interpolate their difference."""
+    n, rate, dims = network.in_channels, network.upsampling_rate, network.spatial_dims
+    convolutions: list[Any] = [module[0] for module in network.modules() if isinstance(module, _Convolution)]
+    first, second, last = convolutions
+    halves = torch.cat([torch.eye(n), -torch.eye(n)])
+    for convolution, weight in ((first, halves), (second, halves @ halves.T)):
+        middle = [size // 2 for size in convolution.kernel_size]
+        convolution.weight[: 2 * n] = 0
+        convolution.weight[(slice(2 * n), slice(weight.shape[1]), *middle)] = weight
+        convolution.bias[: 2 * n] = 0
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    offsets = (torch.arange(rate) + 0.5) / rate - 0.5  # of fine voxels from their coarse one's centre, in coarse voxels
+    taps = (1 - (offsets[:, None] - torch.arange(-1, 2)).abs()).clamp(min=0)
+    for number, place in enumerate(itertools.product(range(rate), repeat=dims)):
+        kernel = functools.reduce(lambda product, tap: product[..., None] * tap, taps[list(place)])
+        for channel in range(n):
+            last.weight[channel * rate**dims + number, channel] = kernel
+            last.weight[channel * rate**dims + number, n + channel] = -kernel
 
 
 class _Bottleneck(nn.Sequential):

@@ -13,7 +13,7 @@ from memnet.benchmarks.superresolution_trials import error_table, run_trial
 pytestmark = WARNINGS
 
 BUNDLE = BUNDLES / "brain_dti_superres_iqt"
-TINY = {"network_def#channels": [4, 4], "patch_size": 7, "patches_per_epoch": 2, "batch_size": 2, "device": "cpu"}
+TINY = {"network_def#channels": [12, 12], "patch_size": 7, "patches_per_epoch": 2, "batch_size": 2, "device": "cpu"}
 
 
 def test_trial_is_recorded_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -139,7 +139,7 @@ def test_stacks_are_there_where_there_are_blocks():
 
 
 def test_identity_start_is_espcn():
-    x, net, espcn = image(7, 6), small(identity_start=True), small(n_blocks=0)
+    x, net, espcn = image(7, 6), small(start="identity"), small(n_blocks=0)
     convolutions = [layer[0].state_dict() for layer in net.layers if len(layer) == 1]
     for layer, weights in zip(espcn.layers, convolutions, strict=True):
         layer[0].load_state_dict(weights)
@@ -188,3 +188,23 @@ def test_unusable_arguments_are_refused(arguments, said):
 def test_wrong_input_is_refused(shape):
     with pytest.raises(ValueError, match=r"shape \(B, 4\) and 2 spatial sizes of at least 5"):
         small()(torch.rand(shape))
+
+
+@pytest.mark.parametrize(("spatial_dims", "rate"), [(1, 3), (2, 2), (3, 2)])
+def test_interpolation_start_is_linear_interpolation(spatial_dims: int, rate: int):
+    arguments = {"in_channels": 2, "channels": (6, 5), "upsampling_rate": rate, "start": "interpolation"}
+    net = small(spatial_dims, **arguments)
+    x = image(*(8, 7, 6)[:spatial_dims], channels=2)
+    mode = ("linear", "bilinear", "trilinear")[spatial_dims - 1]
+    expected = nn.functional.interpolate(x, scale_factor=rate, mode=mode)
+    inner = (..., *[slice(2 * rate, -2 * rate)] * spatial_dims)
+    torch.testing.assert_close(net.eval()(x), expected[inner], atol=1e-3, rtol=0)  # but for the rounding to the grid
+    gradients = step(net.train(), [x], "invert")[1]
+    assert all(gradients[f"layers.{i}.0.0.weight"].any() for i in (1, 3, 5))
+
+
+def test_start_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="start must be one of random, identity, interpolation, got 'zero'"):
+        small(start="zero")
+    with pytest.raises(ValueError, match="needs as many of the output and 8 channels between, got 4 and"):
+        small(start="interpolation")
