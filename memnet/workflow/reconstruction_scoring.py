@@ -171,7 +171,9 @@ def _evaluation(bundle: str | Path, dataset_dir: str | Path, overrides: Mapping[
     for config in configs:
         if not config.is_file():
             raise ValueError(f"{config}: no such file; give --bundle FOLDER")
-    chosen: dict[str, Any] = {"dataset_dir": str(dataset_dir), "subset": "all", "num_workers": 0, **overrides}
+    # the config asks for its folder only once the workflow is gone
+    chosen: dict[str, Any] = {"bundle_root": str(Path(bundle).resolve()), "dataset_dir": str(dataset_dir)}
+    chosen |= {"subset": "all", "num_workers": 0, **overrides}
     workflow = ConfigWorkflow([str(c) for c in configs], workflow_type="evaluation", logging_file=False, **chosen)
     workflow.initialize()
     return workflow.parser
