@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import atexit
-import difflib
 import errno
 import inspect
-import json
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.bundle.config_item import ConfigComponent
 from torch import distributed
 
 from memnet.whole_files import NotWrittenError
 from memnet.workflow.allocation import keep_freed_memory
 from memnet.workflow.out_of_memory import is_out_of_memory, what_fits
+from memnet.workflow.settings import (
+    build_without_memory,
+    check_output_folder,
+    check_overrides,
+    check_values,
+    read_words,
+)
 
-__all__ = ["bundle_root", "check_overrides", "end", "input_error", "one_line_errors", "start"]
+__all__ = ["bundle_root", "end", "input_error", "one_line_errors", "start"]
 
-# ids that MONAI itself adds to a config
-_OF_MONAI = {"_meta_", "tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "tracking"}
 _PACKAGE = str(Path(__file__).parent)
 # what a system says of its disks and folders, of which no program is to blame
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -39,13 +38,15 @@ _NOT_WRITTEN = re.compile(rf"^{NotWrittenError.__module__}\.{NotWrittenError.__n
 
 
 def start() -> str:
-    """Begin a run: refuse unknown overrides; in ``python -m monai.bundle``, end a user's error in one line.
+    """Begin a run: refuse settings that cannot be; in ``python -m monai.bundle``, end a user's error in one line.
 
     Returns:
         The bundle's folder.
 
     Raises:
-        ValueError: if an override names nothing in the config.
+        ValueError: if an override names nothing in the config or is no value for what it names; see
+            :mod:`memnet.workflow.settings`. That nothing can be written is an error of a command alone: others read a
+            bundle without running it.
     """
     if _is_command():
         one_line_errors()
@@ -53,7 +54,11 @@ def start() -> str:
     workflow = _calling_workflow()
     if workflow is not None:
         check_overrides(workflow)
-        _read_words(workflow)
+        read_words(workflow)
+        check_values(workflow)
+        if _is_command() and "output_dir" in workflow.parser:
+            check_output_folder(str(workflow.parser.get_parsed_content("output_dir")))
+        _check_network(workflow)
     return bundle_root()
 
 
@@ -87,47 +92,6 @@ def bundle_root() -> str:
     workflow = _calling_workflow()
     root = Path() if workflow is None else workflow.config_root_path / ".."
     return str(root.resolve())
-
-
-def check_overrides(workflow: ConfigWorkflow) -> None:
-    """Refuse an override whose key exists nowhere, which MONAI would take without a word.
-
-    A key is known if one of the bundle's configs has it or if the config in use refers to it. The arguments of a
-    component (``network_def#channels``) are compared with its signature.
-
-    Args:
-        workflow: the workflow with its overrides applied.
-
-    Raises:
-        ValueError: naming the key and the nearest known one; or what is to be run is not in the config.
-    """
-    shipped = _shipped_configs(workflow.config_root_path)
-    if not shipped:
-        return
-    config = workflow.parser.get()
-    if workflow.run_id not in config:
-        to_run = ", ".join(key for key in ("training", "evaluating", "run") if key in config)
-        raise ValueError(
-            f"{workflow.run_id!r} is nothing that this config runs ({to_run}); of several files give their folder or a list, "
-            "\"['a.nii.gz', 'b.nii.gz']\", rather than a pattern that the shell resolves"
-        )
-    referred = set(re.findall(r"@(\w+)", json.dumps(config, default=str)))
-    known = {key for content in shipped for key in content} | referred | _OF_MONAI
-    known |= {workflow.run_id, workflow.init_id, workflow.final_id}
-    for key in config:
-        if key not in known:
-            raise ValueError(_unknown(key, sorted(k for k in known if k not in _OF_MONAI)))
-    for path, section in _sections(config):
-        originals = [c for c in (_at(content, path) for content in shipped) if isinstance(c, dict)]
-        if not originals:
-            continue
-        target = section.get("_target_")
-        names = {k for c in originals for k in c} | (_parameters(target) if target else set())
-        for key in section:
-            # a dictionary is a component that someone adds, such as a metric of their own
-            added = not target and isinstance(section[key], dict)
-            if key not in names and not added and not (target and "**" in names):
-                raise ValueError(_unknown("#".join([*path, key]), ["#".join([*path, k]) for k in sorted(names)]))
 
 
 def input_error(error: BaseException | None) -> ValueError | None:
@@ -189,14 +153,13 @@ def _is_command() -> bool:
     return sys.argv[0].endswith(str(Path("monai", "bundle", "__main__.py")))
 
 
-def _read_words(workflow: ConfigWorkflow) -> None:
-    """Take ``--resume true`` for what it says; the command line knows ``True`` alone and would pass the word on."""
-    words = {"true": True, "false": False, "null": None, "none": None}
-    config = workflow.parser.get()
-    for path, section in [((), config), *_sections(config)]:
-        for key, value in section.items():
-            if isinstance(value, str) and value.lower() in words:
-                workflow.parser["#".join([*path, key])] = words[value.lower()]
+def _check_network(workflow: ConfigWorkflow) -> None:
+    try:
+        build_without_memory(workflow)
+    except Exception as error:  # whatever else the meta device stumbles on, the run itself is to tell
+        found = input_error(error)
+        if found is not None:
+            raise found from error
 
 
 def _print_input_error(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
@@ -234,62 +197,3 @@ def _calling_workflow() -> ConfigWorkflow | None:
             return caller
         frame = frame.f_back
     return None
-
-
-def _shipped_configs(folder: Path) -> list[dict[str, Any]]:
-    contents = []
-    for file in sorted(folder.glob("*.json")):
-        try:
-            contents.append(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, OSError):
-            continue  # MONAI itself refuses the configs in use
-    return [_nested(content) for content in contents if isinstance(content, dict)]
-
-
-def _nested(config: dict[str, Any]) -> dict[str, Any]:
-    """Turn an overlay's ``{"a#b": c}`` into ``{"a": {"b": c}}``."""
-    nested: dict[str, Any] = {}
-    for key, value in config.items():
-        *path, last = key.lstrip("+").replace("::", "#").split("#")
-        section = nested
-        for name in path:
-            section = section.setdefault(name, {})
-        section[last] = value
-    return nested
-
-
-def _sections(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    for key, value in config.items():
-        if isinstance(value, dict) and key != "_meta_":
-            yield (*path, key), value
-            yield from _sections(value, (*path, key))
-
-
-def _at(config: dict[str, Any], path: tuple[str, ...]) -> Any:
-    found: Any = config
-    for key in path:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
-
-
-def _parameters(target: Any) -> set[str]:
-    """Return the arguments that a component takes; ``**`` stands for any."""
-    return _parameters_of(target) if isinstance(target, str) and not target.startswith("$") else {"**"}
-
-
-@cache
-def _parameters_of(target: str) -> set[str]:
-    try:
-        name = ConfigComponent({"_target_": target}).resolve_module_name()
-        module, _, attribute = name.rpartition(".")
-        component = getattr(sys.modules.get(module) or __import__(module, fromlist=[attribute]), attribute)
-        parameters = inspect.signature(component).parameters.values()
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return {"**"}
-    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"{key!r} is no setting of this bundle{hint}"

@@ -1,0 +1,234 @@
+"""Checks what a run is told before it reads data: names, kinds of values, the device, the network, the output folder."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.config_item import ConfigComponent
+
+__all__ = ["build_without_memory", "check_output_folder", "check_overrides", "check_values", "read_words"]
+
+# ids that MONAI itself adds to a config
+_OF_MONAI = {"_meta_", "tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "tracking"}
+_AT_LEAST_ONE = {"batch_size", "epochs", "patches_per_map", "patches_per_volume", "sw_batch_size", "val_interval"}
+# the narrowest that all configs of a bundle have for a setting is what a person may give
+_KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
+    ((bool,), "true or false"),
+    ((int,), "a whole number"),
+    ((int, float), "a number"),
+)
+
+
+def check_overrides(workflow: ConfigWorkflow) -> None:
+    """Refuse an override whose key exists nowhere, which MONAI would take without a word.
+
+    A key is known if one of the bundle's configs has it or if the config in use refers to it. The arguments of a
+    component (``network_def#channels``) are compared with its signature.
+
+    Args:
+        workflow: the workflow with its overrides applied.
+
+    Raises:
+        ValueError: naming the key and the nearest known one; or what is to be run is not in the config.
+    """
+    shipped = _shipped_configs(workflow.config_root_path)
+    if not shipped:
+        return
+    config = workflow.parser.get()
+    if workflow.run_id not in config:
+        to_run = ", ".join(key for key in ("training", "evaluating", "run") if key in config)
+        raise ValueError(
+            f"{workflow.run_id!r} is nothing that this config runs ({to_run}); of several files give their folder or a list, "
+            "\"['a.nii.gz', 'b.nii.gz']\", rather than a pattern that the shell resolves"
+        )
+    referred = set(re.findall(r"@(\w+)", json.dumps(config, default=str)))
+    known = {key for content in shipped for key in content} | referred | _OF_MONAI
+    known |= {workflow.run_id, workflow.init_id, workflow.final_id}
+    for key in config:
+        if key not in known:
+            raise ValueError(_unknown(key, sorted(k for k in known if k not in _OF_MONAI)))
+    for path, section in _sections(config):
+        originals = _at(shipped, path)
+        if not originals:
+            continue
+        target = section.get("_target_")
+        names = {k for c in originals for k in c} | (_parameters(target) if target else set())
+        for key in section:
+            # a dictionary is a component that someone adds, such as a metric of their own
+            added = not target and isinstance(section[key], dict)
+            if key not in names and not added and not (target and "**" in names):
+                raise ValueError(_unknown("#".join([*path, key]), ["#".join([*path, k]) for k in sorted(names)]))
+
+
+def read_words(workflow: ConfigWorkflow) -> None:
+    """Take ``--resume true`` for what it says; the command line knows ``True`` alone and would pass the word on."""
+    words = {"true": True, "false": False, "null": None, "none": None}
+    config = workflow.parser.get()
+    for path, section in [((), config), *_sections(config)]:
+        for key, value in section.items():
+            if isinstance(value, str) and value.lower() in words:
+                workflow.parser["#".join([*path, key])] = words[value.lower()]
+
+
+def check_values(workflow: ConfigWorkflow) -> None:
+    """Refuse values of another kind than the bundle's own configs have, and devices that are not there.
+
+    ``true`` and ``false``, whole numbers, numbers and lists of numbers are kinds. What is above zero in every config of the
+    bundle may not be below, counts such as ``epochs`` are at least 1, lists of several numbers keep their length (of the
+    same number one will do). ``null``, MONAI's expressions and what is text in the bundle are taken as they are.
+
+    Args:
+        workflow: the workflow with its overrides applied and its words read.
+
+    Raises:
+        ValueError: naming the setting, its value and what is expected.
+    """
+    config, shipped = workflow.parser.get(), _shipped_configs(workflow.config_root_path)
+    for path, section in [((), config), *_sections(config)]:
+        originals = _at(shipped, path)
+        for key, value in section.items():
+            known = [original[key] for original in originals if original.get(key) is not None]
+            if value is None or (isinstance(value, str) and value.startswith(("$", "@"))):
+                continue
+            expected = _expected(key, value, known)
+            if expected:
+                raise ValueError(
+                    f"{'#'.join([*path, key])} is {value!r}, expected {expected} ({json.dumps(known[0])} in the bundle)"
+                )
+    device = config.get("device")
+    if isinstance(device, str) and not device.startswith(("$", "@")):
+        _check_device(device)
+
+
+def check_output_folder(folder: str | Path) -> None:
+    """Refuse a folder in which nothing can be written, before a run has taken its hours.
+
+    Args:
+        folder: there already or to be made.
+
+    Raises:
+        ValueError: naming what is in the way.
+    """
+    nearest = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest}: is no folder; outputs go where --output_dir says")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{nearest}: Permission denied; outputs go where --output_dir says")
+
+
+def build_without_memory(workflow: ConfigWorkflow) -> None:
+    """Build a run's network on the meta device, where it takes no memory, so that one that cannot be is refused at once.
+
+    Args:
+        workflow: the workflow with its overrides applied.
+
+    Raises:
+        RuntimeError: MONAI's, around the network's own error.
+    """
+    config = workflow.parser.get()
+    if "network_def" in config:
+        parser = ConfigParser(json.loads(json.dumps(config, default=str)))
+        with torch.device("meta"):
+            parser.get_parsed_content("network_def")
+
+
+def _expected(key: str, value: Any, known: Sequence[Any]) -> str | None:
+    """Return what kind of value is expected, or ``None`` if this one is of that kind or any will do."""
+    if known and all(isinstance(k, list) and k and _all_are((int, float), k) for k in known):
+        lengths = {len(k) for k in known}
+        if not isinstance(value, (list, tuple)):
+            return None if _all_are((int, float), [value]) else "a list of numbers"
+        fits = _all_are((int, float), value) and (len(value) in lengths or 1 in lengths)
+        return None if fits else f"{' or '.join(map(str, sorted(lengths)))} numbers"
+    for types, words in _KINDS:
+        if known and _all_are(types, known):
+            if not _all_are(types, [value]):
+                return words
+            least = 1 if key in _AT_LEAST_ONE else 0
+            too_small = types != (bool,) and min(known) > 0 and value < least
+            return f"{words} of at least {least}" if too_small else None
+    return None
+
+
+def _all_are(types: tuple[type, ...], values: Sequence[Any]) -> bool:
+    return all(isinstance(value, types) and (bool in types or not isinstance(value, bool)) for value in values)
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected cpu, cuda or, of several, cuda:0") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but PyTorch sees no GPU here; give --device cpu, or leave it out")
+
+
+def _shipped_configs(folder: Path) -> list[dict[str, Any]]:
+    contents = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            contents.append(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, OSError):
+            continue  # MONAI itself refuses the configs in use
+    return [_nested(content) for content in contents if isinstance(content, dict)]
+
+
+def _nested(config: dict[str, Any]) -> dict[str, Any]:
+    """Turn an overlay's ``{"a#b": c}`` into ``{"a": {"b": c}}``."""
+    nested: dict[str, Any] = {}
+    for key, value in config.items():
+        *path, last = key.lstrip("+").replace("::", "#").split("#")
+        section = nested
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return nested
+
+
+def _sections(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and key != "_meta_":
+            yield (*path, key), value
+            yield from _sections(value, (*path, key))
+
+
+def _at(configs: Sequence[Any], path: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return what the configs have at a path, of those that have a dictionary there."""
+    found = list(configs)
+    for key in path:
+        found = [config.get(key) for config in found if isinstance(config, dict)]
+    return [config for config in found if isinstance(config, dict)]
+
+
+def _parameters(target: Any) -> set[str]:
+    """Return the arguments that a component takes; ``**`` stands for any."""
+    return _parameters_of(target) if isinstance(target, str) and not target.startswith("$") else {"**"}
+
+
+@cache
+def _parameters_of(target: str) -> set[str]:
+    try:
+        name = ConfigComponent({"_target_": target}).resolve_module_name()
+        module, _, attribute = name.rpartition(".")
+        component = getattr(sys.modules.get(module) or __import__(module, fromlist=[attribute]), attribute)
+        parameters = inspect.signature(component).parameters.values()
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return {"**"}
+    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{key!r} is no setting of this bundle{hint}"

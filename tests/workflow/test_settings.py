@@ -1,0 +1,88 @@
+"""What a run is told is checked before it reads data: kinds of values, the device, the network, the output folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bundle_cases import SMALL, TISSUE, WARNINGS, run
+from conftest import BUNDLES
+
+from memnet.bundle import input_error
+from memnet.workflow.settings import check_output_folder
+
+pytestmark = WARNINGS
+
+EXPECTED: list[tuple[str, Any, str]] = [
+    ("amp", "maybe", "true or false"),
+    ("resume", 1, "true or false"),
+    ("epochs", "two", "a whole number"),
+    ("epochs", 0, "a whole number of at least 1"),
+    ("val_interval", 2.5, "a whole number"),
+    ("network_def#channels", "many", "a whole number"),
+    ("learning_rate", "fast", "a number"),
+    ("learning_rate", -1e-4, "a number of at least 0"),
+    ("cache_rate", True, "a number"),
+    ("patch_size", [32, 32], "3 numbers"),
+    ("patch_size", "large", "a list of numbers"),
+    ("roi_size", [32, 32, "32"], "3 numbers"),
+    ("device", "gpu", "cpu, cuda"),
+]
+
+
+def refused(bundle: Path, **overrides: Any) -> str:
+    """Train where there is no data set and return the message of the ValueError behind what was raised."""
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        run(bundle, "training", "train.json", dataset_dir="no such folder", **overrides)
+    return str(input_error(raised.value))
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), EXPECTED)
+def test_a_value_of_another_kind_is_refused(key: str, value: Any, expected: str) -> None:
+    told = f"{key} is {value!r}, expected {expected}"
+    assert re.match(rf"{re.escape(told)}( \(| or|$)", refused(TISSUE.folder, **{key: value}))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"epochs": 1, "learning_rate": 1, "fold": -2, "cache_rate": 0, "num_workers": 0},
+        {"amp": "True", "resume": "null", "patch_size": 32, "roi_size": (32, 32, 32)},
+        {"epochs": "$2 * 3", "val_interval": "@epochs", "label_map": "freesurfer", "train#trainer#max_epochs": 1},
+    ],
+    ids=["numbers", "words", "expressions"],
+)
+def test_what_a_person_may_give_is_taken(overrides: dict[str, Any]) -> None:
+    assert refused(TISSUE.folder, **{**SMALL, **overrides}).startswith("no such folder: ")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "device is 'cuda:1', but PyTorch sees no GPU" in refused(TISSUE.folder, device="cuda:1")
+
+
+@pytest.mark.parametrize(
+    "bundle", sorted(p.parent.parent for p in BUNDLES.glob("*/configs/train.json")), ids=lambda p: p.name
+)
+def test_a_network_that_cannot_be_is_refused_before_data_are_read(bundle: Path) -> None:
+    assert "memory must be one of" in refused(bundle, memory="inverted", device="cpu")
+
+
+def test_building_the_network_ahead_draws_nothing() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    refused(TISSUE.folder, **{**SMALL, "initialize": ["$memnet.bundle.start()"]})
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(ValueError, match="file: is no folder; outputs go where --output_dir says"):
+            check_output_folder(folder)
+    check_output_folder(tmp_path / "new" / "deeper")
+    assert not (tmp_path / "new").exists()
