@@ -159,7 +159,7 @@ def _check_network(workflow: ConfigWorkflow) -> None:
     except Exception as error:  # whatever else the meta device stumbles on, the run itself is to tell
         found = input_error(error)
         if found is not None:
-            raise found from error
+            raise ValueError(str(found)) from error  # anew, since the error found is one of those behind this one
 
 
 def _print_input_error(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:

@@ -228,12 +228,13 @@ def test_nothing_to_resume(tmp_path: Path, iseg_folder: Path) -> None:
     [
         (["--config_file", str(CONFIGS / "train.json"), "--epochz", "1"], "epochz"),
         (["--config_file", str(CONFIGS / "inference.json"), "--image", "absent.nii.gz"], "absent.nii.gz"),
+        (["--config_file", str(CONFIGS / "inference.json"), "--network_name", "resnet"], "network_name is 'resnet'"),
         (
             ["b.nii.gz", "--config_file", str(CONFIGS / "inference.json"), "--image", "a.nii.gz"],
             "'b.nii.gz' is nothing",
         ),
     ],
-    ids=["unknown override", "missing file", "files of a pattern"],
+    ids=["unknown override", "missing file", "no such network", "files of a pattern"],
 )
 def test_command_ends_in_one_line_and_exit_code_1(arguments: list[str], told: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "monai.bundle", "run", *arguments, "--device", "cpu"]
