@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -89,17 +91,19 @@ def _choose(module: nn.Module, n_chains: int, budget: int, inputs: Sequence[Any]
     try:
         with _disable_current_modes(), simulation():
             step = _Step(module, inputs)
-            ranking = step.rank()
+            ranked = step.rank()
+            ranking, before = list(ranked), [0, *accumulate(ranked.values())]  # bytes that the first n blocks keep
 
             def choice(n: int) -> Choice:
                 return [frozenset(i for c, i in ranking[:n] if c == chain) for chain in range(n_chains)]
 
-            fits, too_many, least = -1, len(ranking) + 1, 0
+            fits, too_many, least, n = -1, len(ranking) + 1, 0, len(ranking)
             while too_many - fits > 1:
                 # all of them first: where memory abounds, one look is enough
-                n = len(ranking) if too_many > len(ranking) else (fits + too_many) // 2
                 peak = step.peak(choice(n))
                 fits, too_many, least = (n, too_many, least) if peak <= budget else (fits, n, peak)
+                likely = bisect_right(before, before[n] + (budget - peak) / _MARGIN) - 1
+                n = min(max(likely, fits + 1), too_many - 1)
         if fits >= 0:
             return choice(fits)
         told = f"takes {least / 2**20:.1f} MiB even so, more than the {budget / 2**20:.1f} MiB of its budget"
@@ -139,8 +143,8 @@ class _Step:
                 x.grad = None
         return peak
 
-    def rank(self) -> list[tuple[int, int]]:
-        """Chain and place of each block, those first that save most operations for a byte."""
+    def rank(self) -> dict[tuple[int, int], int]:
+        """Bytes that storing keeps of each block, by chain and place, those first that save most operations for a byte."""
         places = {block: (c, i) for c, chain in enumerate(self.chains) for i, block in enumerate(chain)}
         seen = {p.untyped_storage()._cdata for p in self.twin.parameters()}
         found = {place: [0, 0] for place in places.values()}
@@ -169,7 +173,8 @@ class _Step:
                 chain.stored = frozenset(range(len(chain)))
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
                 self.twin(*self.inputs)
-        return sorted(found, key=lambda place: (found[place][1] / max(1, found[place][0]), place), reverse=True)
+        order = sorted(found, key=lambda place: (found[place][1] / max(1, found[place][0]), place), reverse=True)
+        return {place: found[place][0] for place in order}
 
 
 def _without_data(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+
+from memnet.accounting.convolution_memory import bytes_inside
+from memnet.accounting.operations import flops_of
 
 __all__ = ["DryRun", "Ledger", "dry_run", "simulation"]
 
@@ -23,9 +24,11 @@ _ATEN = torch.ops.aten
 # a random state that was not drawn from, a valid label.
 _STAND_INS: dict[Any, Any] = {_ATEN._local_scalar_dense.default: 1, _ATEN.equal.default: True}
 _COUNTED = {_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step}  # loops run over their values
+_DEVICE = torch.ops.prim.device.default  # asked for more often than everything else together
+_TOLERANCE = (
+    0.001  # of the peak, by which it may be overestimated so that the dead are not looked for after each operation
+)
 _ENGINE_REFERENCES = 6  # to a tensor in this module that the caller of an operation does not hold
-_SLOW_BELOW = 20480  # batch * channels * depth * height up to which PyTorch's CPU convolution unfolds its input
-_BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # of channels that oneDNN keeps together
 
 
 class DryRun(NamedTuple):
@@ -45,8 +48,8 @@ def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor
 
     Every tensor counts from the operation that makes it to the last reference to it, as with
     :func:`memnet.accounting.live_memory.peak_live_bytes`, which measures the same on real tensors. Of what operations
-    take inside, the unfolded input of PyTorch's own convolution on a CPU (float32, batch size 1, small) is known and
-    counted; copies that oneDNN makes are not, nor is the workspace of a GPU's library.
+    take inside, that of convolutions on a CPU is known and counted (see :mod:`memnet.accounting.convolution_memory`); the
+    workspace of a GPU's library is not.
 
     Args:
         make: builds the network and its inputs, under simulation, and returns the run to account for (what it returns stays
@@ -82,11 +85,16 @@ class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
+        self._live = self._most = self._unsettled = (
+            0  # bytes: alive, their peak, booked since the dead were last looked for
+        )
         self._alive: dict[int, tuple[int, StorageWeakRef, int]] = {}  # storage: place of its booking, reference, bytes
         self._bookings: list[tuple[int, int]] = []  # place of the booking that a line belongs to, bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE:
+            return args[0].device
         if func is _ATEN.add.Tensor:
             self._reuse_accumulated(args)
         try:
@@ -98,19 +106,18 @@ class Ledger(TorchDispatchMode):
         if func in _COUNTED and isinstance(outputs, FakeTensor):
             with no_dispatch():
                 outputs.constant = func(*args, **{**kwargs, "device": "cpu"})
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.flops += count(*args, **kwargs, out_val=outputs)
-        self._settle()
-        # a view, of a parameter for one, is nothing new
-        old = {_key(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_leaves(outputs):
-            if isinstance(x, torch.Tensor) and _key(x.untyped_storage()) not in old:
-                self._book(x.untyped_storage())
-        inside = _bytes_inside(func, args, outputs)
+        self.flops += flops_of(func, args, kwargs, outputs)
+        inside = bytes_inside(func, args, outputs)
+        made = self._made(outputs, args, kwargs)
+        self._unsettled += inside + sum(storage.nbytes() for storage in made)
+        if self._unsettled > _TOLERANCE * self._most:
+            self._settle()
+        for storage in made:
+            self._book(storage)
         if inside:
             place = len(self._bookings)
             self._bookings += [(place, inside), (place, -inside)]
+            self._most = max(self._most, self._live + inside)
         return outputs
 
     def peak(self, parameters: Iterable[torch.Tensor]) -> int:
@@ -125,18 +132,31 @@ class Ledger(TorchDispatchMode):
                 peak = max(peak, live)
         return peak
 
+    def _made(self, outputs: Any, args: Any, kwargs: Any) -> list[torch.UntypedStorage]:
+        """Return the storages that an operation made; a view, of a parameter for one, is nothing new."""
+        storages = [x.untyped_storage() for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+        unknown = {_key(storage): storage for storage in storages}
+        unknown = {key: storage for key, storage in unknown.items() if key not in self._alive}
+        if unknown:
+            for x in tree_leaves((args, kwargs)):
+                if isinstance(x, torch.Tensor):
+                    unknown.pop(_key(x.untyped_storage()), None)
+        return list(unknown.values())
+
     def _book(self, storage: torch.UntypedStorage) -> None:
-        key = _key(storage)
-        if key not in self._alive:
-            place = len(self._bookings)
-            self._alive[key] = place, StorageWeakRef(storage), storage.nbytes()
-            self._bookings.append((place, storage.nbytes()))
+        place, size = len(self._bookings), storage.nbytes()
+        self._alive[_key(storage)] = place, StorageWeakRef(storage), size
+        self._bookings.append((place, size))
+        self._live += size
+        self._most = max(self._most, self._live)
 
     def _cancel(self, key: int) -> None:
         place, _, size = self._alive.pop(key)
         self._bookings.append((place, -size))
+        self._live -= size
 
     def _settle(self) -> None:
+        self._unsettled = 0
         for key in [key for key, (_, reference, _) in self._alive.items() if reference.expired()]:
             self._cancel(key)
 
@@ -155,36 +175,3 @@ class Ledger(TorchDispatchMode):
 
 def _key(storage: torch.UntypedStorage) -> int:
     return StorageWeakRef(storage).cdata
-
-
-def _bytes_inside(func: Any, args: Any, outputs: Any) -> int:
-    """Return the bytes that a CPU's convolution takes for the time it runs, besides its result.
-
-    PyTorch's own unfolds a small float32 input; oneDNN's copies what is not in channels-last order into its own.
-    """
-    if func is _ATEN.convolution.default:
-        (x, weight), gradient = args[:2], None
-    elif func is _ATEN.convolution_backward.default:
-        gradient, x, weight = args[:3]
-    else:
-        return 0
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        return 0
-    width = max(weight.shape[2:])
-    if x.dtype == torch.float32 and x.shape[0] == 1 and prod(x.shape[1:-1]) <= _SLOW_BELOW and width <= 3:
-        shape = outputs.shape if gradient is None else gradient.shape
-        return prod(weight.shape[1:]) * prod(shape[2:]) * x.element_size() if width > 1 else 0
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if width == 1 or (channels_last is not None and x.is_contiguous(memory_format=channels_last)):
-        return 0
-    n_in, n_out = x.shape[1], weight.shape[0]
-    of_input, of_output = _padded(n_in) * x[:, 0].nbytes, _padded(n_out) * x[:, 0].nbytes
-    of_weight = _padded(n_in) * _padded(n_out) * weight[0, 0].nbytes
-    if gradient is not None:
-        wanted = args[-1][0]  # the input's gradient
-        return of_output + (of_input + of_weight - (x.nbytes if n_in < _BLOCK else 0) if wanted else 0)
-    return of_output + max(0, (of_input if n_in >= _BLOCK else 0) + of_weight - n_out * x[:, 0].nbytes)
-
-
-def _padded(channels: int) -> int:
-    return -(-channels // _BLOCK) * _BLOCK

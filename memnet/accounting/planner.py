@@ -85,6 +85,7 @@ class TrainingStep:
                     raise ValueError(f"{file}: no such config")
             self._content = ConfigParser.load_config_files([str(file) for file in files])
         self._overrides = overrides or {}
+        self._plans: dict[Any, Plan] = {}  # each simulation takes seconds
         self._network_id, self._loss_id = network_id, loss_id
         parser = self._parser(None)
         if network_id not in parser:
@@ -130,6 +131,9 @@ class TrainingStep:
         patch, batch, dtype = tuple(patch) or self.patch, batch or self.batch, _PRECISIONS[precision]
         if not patch:
             raise ValueError("a slab's sizes depend on the raw data: say them (--shape 16 320 256)")
+        key = memory, precision, patch, batch, memory_budget
+        if key in self._plans:
+            return self._plans[key]
 
         def make() -> tuple[Callable[[], object], Iterable[torch.Tensor]]:
             parser = self._parser(memory)
@@ -157,7 +161,8 @@ class TrainingStep:
             return run, list(network.parameters())
 
         found = dry_run(make)
-        return Plan(memory, precision, tuple(patch), batch, found.peak, self.state, found.flops)
+        self._plans[key] = Plan(memory, precision, patch, batch, found.peak, self.state, found.flops)
+        return self._plans[key]
 
     def overrides(self, plan: Plan) -> str:
         """Return the overrides that make the config's training this step, to paste."""
@@ -222,23 +227,34 @@ def largest_patch(
         The plan of that patch, or None if not even a side of twice ``multiple`` fits.
     """
     shape = shape or (0,) * len(step.patch)
-    n_free = list(shape).count(0)
+    n_free, fixed = list(shape).count(0), prod(n or 1 for n in shape)
 
     def plan_side(side: int) -> Plan:
         return step.plan(memory, precision, [n or side for n in shape], batch)
 
-    known = [plan_side(side) for side in (4 * multiple, 8 * multiple)]
-    voxels = [prod(plan.patch) for plan in known]
-    slope = (known[1].total - known[0].total) / (voxels[1] - voxels[0])
-    fitting = max(0.0, (budget - known[0].total) / slope + voxels[0])
-    side = int((fitting / prod(n or 1 for n in shape)) ** (1 / n_free) + 1e-6) // multiple * multiple
-    while side >= 2 * multiple:
-        # what grows with the volume alone would need no second look; borders and unfolded convolutions do
+    side, least = 8 * multiple, multiple  # the largest that fits so far
+    most: int | None = None  # the smallest that does not
+    best: Plan | None = None
+    last: Plan | None = None
+    plan = plan_side(side)
+    if plan.total > budget:
+        # Small patches may take a kernel that needs more than the one for larger ones: come from above.
+        side *= 2
         plan = plan_side(side)
+    while True:
         if plan.total <= budget:
-            return plan
-        side -= multiple
-    return None
+            best, least = plan, side
+        else:
+            most = side
+        if most is not None and most - least <= multiple:
+            return best
+        voxels, slope = prod(plan.patch), plan.peak / prod(plan.patch)
+        if last is not None and last.patch != plan.patch:
+            slope = (plan.total - last.total) / (voxels - prod(last.patch))
+        fitting = voxels + (budget - plan.total) / slope if slope > 0 else 8 * voxels
+        last, side = plan, int((max(fitting, 0) / fixed) ** (1 / n_free) + 1e-6) // multiple * multiple
+        side = max(side, least + multiple) if most is None else min(max(side, least + multiple), most - multiple)
+        plan = plan_side(side)
 
 
 def fill_budget(

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from memnet.accounting.live_memory import peak_live_bytes
+from memnet.accounting.operations import count_flops
 
-__all__ = ["Cost", "count_flops", "measure_in_turn"]
+__all__ = ["Cost", "measure_in_turn"]
 
 
 @dataclass(frozen=True)
@@ -81,28 +80,6 @@ def measure_in_turn(
             _wait(device)
             seconds[name].append(clock() - begin)
     return {name: Cost(peaks[name], tuple(seconds[name]), flops[name]) for name in networks}
-
-
-def count_flops(run: Callable[[], object]) -> int:
-    """Count the floating-point operations of matrix products and convolutions, those of backward passes included."""
-    with _FlopCounter() as counter:
-        run()
-    return counter.total
-
-
-class _FlopCounter(TorchDispatchMode):
-    """Counts what torch's FlopCounterMode counts; that one's hooks on modules fail where a backward pass runs another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = function(*args, **(kwargs or {}))
-        count = flop_registry.get(function.overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=output)
-        return output
 
 
 def _wait(device: str) -> None:

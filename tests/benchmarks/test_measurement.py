@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from memnet.benchmarks.measurement import Cost, count_flops, measure_in_turn
+from memnet.accounting.operations import count_flops
+from memnet.benchmarks.measurement import Cost, measure_in_turn
 from memnet.benchmarks.tables import markdown_table, shown
 
 
