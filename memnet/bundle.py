@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import errno
 import inspect
+import json
 import logging
 import os
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import TracebackType
@@ -167,8 +169,11 @@ def _print_input_error(kind: type[BaseException], error: BaseException, where: T
     if found is None:
         sys.__excepthook__(kind, error, where)
     else:
-        advice = _what_fits(error, where)
-        print(f"error: {' '.join(f'{found}{advice}'.split())}", file=sys.stderr)
+        told = " ".join(f"{found}{_what_fits(error, where)}".split())
+        print(f"error: {told}", file=sys.stderr)
+        summary = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if summary:  # of torchrun, which ends with a page of its own
+            Path(summary).write_text(json.dumps({"message": told, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def _what_fits(error: BaseException | None, where: TracebackType | None) -> str:

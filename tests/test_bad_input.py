@@ -17,8 +17,10 @@ import pytest
 import torch
 from conftest import BUNDLES, phantom
 from monai.bundle import ConfigParser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from memnet.bundle import input_error
+from memnet.bundle import input_error, one_line_errors
+from memnet.datasets import find_brats
 from memnet.transforms.modalities import read_volume
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
@@ -254,3 +256,15 @@ def test_bad_volume_in_the_loop_ends_the_command_in_one_line(tmp_path: Path, wei
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout and "terminating" not in done.stderr + done.stdout
     assert [line for line in done.stderr.splitlines() if "NaN or infinite" in line] == [done.stderr.splitlines()[-1]]
+
+
+def test_torchrun_tells_the_error_in_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    one_line_errors()
+    with pytest.raises(ValueError, match="no such folder") as raised:
+        find_brats("BraTS2020")
+    sys.excepthook(raised.type, raised.value, raised.tb)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
+    summary = str(ChildFailedError("monai.bundle", {0: failure}))
+    assert "traceback : BraTS2020: no such folder; expected a BraTS folder" in summary

@@ -16,6 +16,8 @@ from bundle_cases import SMALL, SMALL_TRAINING, WARNINGS, BundleCase, cases, run
 from conftest import phantom
 from pages import Page
 
+from memnet.bundle import input_error
+
 pytestmark = WARNINGS
 
 
@@ -69,6 +71,31 @@ def test_training_leaves_the_shipped_weights_alone(
     run(copy, "run", "train.json", **SMALL_TRAINING, dataset_dir=str(data), epochs=1)
     assert (copy / "models" / "model.pt").read_bytes() == before
     assert (copy / "eval" / "model_best.pt").is_file()
+
+
+@cases
+def test_fine_tuning_begins_with_the_weights_given(
+    case: BundleCase, data: Path, random_weights: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = {k: v for k, v in SMALL.items() if k.startswith("network_def")}
+    weights = random_weights(case.folder, **small)
+    options = {**SMALL_TRAINING, "dataset_dir": str(data), "epochs": 1, "pretrained": str(weights)}
+    # a step of next to nothing, so that the end shows the beginning
+    run(case.folder, "training", "train.json", **options, learning_rate=1e-12, output_dir=str(tmp_path / "out"))
+    tuned = torch.load(tmp_path / "out" / "model_best.pt", weights_only=True)
+    given = torch.load(weights, weights_only=True)
+    assert any(key.startswith("vae.") for key in tuned) and not any(key.startswith("vae.") for key in given)
+    for key, value in given.items():
+        torch.testing.assert_close(tuned[key], value, msg=key)
+    wrong = str(random_weights(case.folder, **small, network_name="baseline"))
+    with pytest.raises(RuntimeError) as raised:
+        run(
+            case.folder,
+            "training",
+            "train.json",
+            **{**options, "pretrained": wrong, "output_dir": str(tmp_path / "wrong")},
+        )
+    assert "do not fit FullyInvResUNet" in str(input_error(raised.value))
 
 
 @cases

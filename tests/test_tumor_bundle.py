@@ -124,24 +124,6 @@ def test_scans_scored_after_stripping_look_as_before_to_the_network(
     torch.testing.assert_close(seen[1], seen[0], atol=1e-4, rtol=0)
 
 
-def test_fine_tuning_begins_with_the_weights_given(
-    brats_folder: Path, random_weights: Callable[..., Path], tmp_path: Path
-) -> None:
-    small = {k: v for k, v in SMALL.items() if k.startswith("network_def")}
-    weights = random_weights(TUMOR.folder, **small)
-    options = {**SMALL_TRAINING, "dataset_dir": str(brats_folder), "epochs": 1, "pretrained": str(weights)}
-    # a step of next to nothing, so that the end shows the beginning
-    run(TUMOR.folder, "training", "train.json", **options, learning_rate=1e-12, output_dir=str(tmp_path / "out"))
-    tuned = torch.load(tmp_path / "out" / "model_best.pt", weights_only=True)
-    given = torch.load(weights, weights_only=True)
-    assert any(key.startswith("vae.") for key in tuned) and not any(key.startswith("vae.") for key in given)
-    for key, value in given.items():
-        torch.testing.assert_close(tuned[key], value, msg=key)
-    wrong = str(random_weights(TUMOR.folder, **small, network_name="baseline"))
-    message = refused("train.json", **{**options, "pretrained": wrong, "output_dir": str(tmp_path / "wrong")})
-    assert "do not fit FullyInvResUNet" in message
-
-
 def test_patch_larger_than_the_volume_is_padded(brats_folder: Path, tmp_path: Path) -> None:
     options = {**TRAINING, "patch_size": [32, 32, 32], "patches_per_volume": 1}
     run(TUMOR.folder, "training", "train.json", **options, dataset_dir=str(brats_folder), output_dir=str(tmp_path))

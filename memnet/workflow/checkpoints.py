@@ -21,6 +21,7 @@ __all__ = ["TrainingCheckpoint", "WeightsLoader", "load_weights"]
 
 logger = logging.getLogger("memnet")
 
+_LENGTHS = {"T_max", "total_steps"}  # of PyTorch's schedulers, epochs or steps
 _claimed: dict[Path, int] = {}
 
 
@@ -109,7 +110,8 @@ class TrainingCheckpoint:
         seed: seed of the training.
 
     Raises:
-        ValueError: with ``resume``, if there is nothing to resume; on starting, if another process trains in the folder.
+        ValueError: with ``resume``, if there is nothing to resume, or on starting if it was planned for another number of
+            epochs; on starting, if another process trains in the folder.
     """
 
     def __init__(
@@ -160,6 +162,15 @@ class TrainingCheckpoint:
         state = torch.load(self.last, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None:
+            planned = self.lr_scheduler.state_dict()
+            for name in _LENGTHS & planned.keys():
+                before = state["lr_scheduler"].get(name)
+                if before != planned[name]:
+                    raise ValueError(
+                        f"{self.last}: its learning rate ends at {before} ({name}), that of the training to go on with at "
+                        f"{planned[name]}; resume it with the same --epochs and data, or begin anew with its weights: "
+                        f"--pretrained {self.last}"
+                    )
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         scaler = getattr(engine, "scaler", None)
         if scaler is not None and state["scaler"]:

@@ -83,6 +83,18 @@ class Planted:
         return Path.touch, (self.file,)
 
 
+def test_a_resumed_training_of_another_length_is_refused(iseg_folder: Path, tmp_path: Path) -> None:
+    last = tmp_path / "model_last.pt"
+    train(iseg_folder, tmp_path, epochs=1, val_interval=2)
+    before = last.read_bytes()
+    with pytest.raises(RuntimeError) as raised:
+        train(iseg_folder, tmp_path, epochs=2, resume=True)
+    assert f"{last}: its learning rate ends at 1 (T_max)" in str(input_error(raised.value))
+    assert last.read_bytes() == before
+    # by itself it would have made a step of no length, and from then on risen again
+    train(iseg_folder, tmp_path / "longer", epochs=1, pretrained=str(last))
+
+
 @pytest.mark.parametrize("save", [torch.save, lambda content, file: file.write_bytes(pickle.dumps(content, 2))])
 def test_code_in_weights_is_not_run(save: Any, iseg_folder: Path, tmp_path: Path) -> None:
     planted, last = tmp_path / "planted", tmp_path / "out" / "model_last.pt"
