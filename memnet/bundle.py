@@ -137,6 +137,7 @@ def one_line_errors() -> None:
     if sys.excepthook is _print_input_error:
         return
     sys.excepthook = _print_input_error
+    logging.setLoggerClass(_NewsLogger)  # of MONAI's handlers, which log to handlers of their own
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_news)
 
@@ -192,6 +193,11 @@ def _is_news(record: logging.LogRecord) -> bool:
     """Keep ignite and MONAI from reporting an input error before it is printed."""
     error = record.exc_info[1] if record.exc_info else sys.exc_info()[1]
     return record.levelno < logging.ERROR or input_error(error) is None
+
+
+class _NewsLogger(logging.Logger):
+    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+        return _is_news(record) and super().filter(record)
 
 
 def _calling_workflow() -> ConfigWorkflow | None:

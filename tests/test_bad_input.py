@@ -19,7 +19,8 @@ from conftest import BUNDLES, phantom
 from monai.bundle import ConfigParser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from memnet.bundle import input_error, one_line_errors
+from memnet import bundle
+from memnet.bundle import input_error
 from memnet.datasets import find_brats
 from memnet.transforms.modalities import read_volume
 
@@ -247,6 +248,25 @@ def test_command_ends_in_one_line_and_exit_code_1(arguments: list[str], told: st
     assert "Traceback" not in done.stderr + done.stdout
 
 
+def test_evaluation_without_weights_ends_in_one_line(iseg_folder: Path, tmp_path: Path) -> None:
+    configs = str([str(CONFIGS / name) for name in ("train.json", "evaluate.json")])
+    overrides = {
+        **SMALL,
+        "num_workers": 0,
+        "dataset_dir": iseg_folder,
+        "ckpt_path": "absent.pt",
+        "output_dir": tmp_path / "out",
+    }
+    command = [sys.executable, "-m", "monai.bundle", "run", "evaluating", "--config_file", configs]
+    command += [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
+    assert [line for line in done.stderr.splitlines() if "absent.pt: no such weights" in line] == [
+        done.stderr.splitlines()[-1]
+    ]
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_volume_in_the_loop_ends_the_command_in_one_line(tmp_path: Path, weights: Path) -> None:
     path, _ = write_bad(tmp_path, "NaN")
     overrides = {**SMALL, "image": path, "ckpt_path": weights, "output_dir": tmp_path / "out"}
@@ -260,11 +280,9 @@ def test_bad_volume_in_the_loop_ends_the_command_in_one_line(tmp_path: Path, wei
 
 def test_torchrun_tells_the_error_in_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    one_line_errors()
     with pytest.raises(ValueError, match="no such folder") as raised:
         find_brats("BraTS2020")
-    sys.excepthook(raised.type, raised.value, raised.tb)
+    bundle._print_input_error(raised.type, raised.value, raised.tb)
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
     summary = str(ChildFailedError("monai.bundle", {0: failure}))
     assert "traceback : BraTS2020: no such folder; expected a BraTS folder" in summary
