@@ -272,12 +272,13 @@ class _Part(nn.Module):
         return y
 
     def _convolve(self, layer: _ConvNd, x: torch.Tensor) -> torch.Tensor:
-        padding = layer.padding
-        layer.padding = tuple(0 if w else r for w, r in zip(self._whole_halos, _radii(layer), strict=True))
-        try:
-            return layer(x)
-        finally:
-            layer.padding = padding
+        if any(self._whole_halos):
+            # another thread may be in the layer: its twin has all that it has, hooks too, but for the padding
+            twin = object.__new__(type(layer))
+            padding = tuple(0 if w else r for w, r in zip(self._whole_halos, _radii(layer), strict=True))
+            vars(twin).update(vars(layer), padding=padding)
+            layer = twin
+        return layer(x)
 
 
 def _split(module: nn.Module, n_dims: int) -> tuple[nn.Module | None, list[nn.Module], list[int]]:

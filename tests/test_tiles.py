@@ -245,6 +245,15 @@ def test_branches_that_are_not_local_are_refused(name, branch):
         AdditiveCoupling(branch, norm_act_conv(3, 4, 4), tile=(4,))
 
 
+def test_layers_stay_as_they_are_while_tiles_run():
+    branch = norm_act_conv(3, 4, 4)
+    conv, seen = branch[-1], set()
+    conv.register_forward_pre_hook(lambda called, _: seen.add((called.padding, conv.padding)))
+    chain = Chain([AdditiveCoupling(branch, nn.Identity(), tile=(4,))], memory="invert")
+    sum(y.sum() for y in chain(*streams(1, 4, 5, 6, 12))).backward()
+    assert seen == {((1, 1, 1), (1, 1, 1)), ((1, 1, 0), (1, 1, 1))}
+
+
 def test_frozen_parameters_get_no_gradient():
     chain, inputs = in_tiles(couplings(1, lambda: norm_act_conv(3, 4, 4)), (4,)), streams(1, 4, 5, 6, 9)
     expected = step(chain, inputs, "invert")[1]
