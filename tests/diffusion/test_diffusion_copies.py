@@ -84,6 +84,17 @@ def test_command_writes_series_that_can_be_read(tmp_path: Path) -> None:
     np.testing.assert_allclose(series.bvecs, expected.bvecs, atol=1e-6)
 
 
+def test_command_draws_from_ranges(tmp_path: Path) -> None:
+    data = write_series(tmp_path / "one", (12, 12, 12))
+    words = ["diffusion-copies", str(data), "--output_dir", str(tmp_path), "--copies", "2", "--noise", "0", "0"]
+    assert main([*words, "--voxel_size", "2.5", "3.5", "--margin", "1", "2"]) == 0
+    copies = [read_series(tmp_path / f"copy00{i}.nii.gz") for i in range(2)]
+    sizes = [float(voxel_sizes(copy.affine)[0]) for copy in copies]
+    assert all(2.5 <= size <= 3.5 for size in sizes) and abs(sizes[0] - sizes[1]) > 1e-3
+    expected = deform(read_series(data).select(), 1, noise=0.0, voxel_size=sizes[1], margin=1.5)
+    np.testing.assert_allclose(copies[1].signals, expected.signals, rtol=1e-4)
+
+
 def coarse_error(copy: DiffusionSeries) -> float:
     """Return by how much tensors fitted to the copy differ from the analytic field at its voxels, at most, mm^2/s."""
     expected = field(positions(copy.mask.shape, copy.affine))
