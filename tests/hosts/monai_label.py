@@ -54,12 +54,14 @@ def _save(path: Path, values: np.ndarray) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server as `make label-server` starts it, with two T1 scans."""
+    """The server as `make label-server` starts it, with two T1 scans and a patient's four modalities in one file."""
     folder = tmp_path_factory.mktemp("monai label")  # a space, as folders of scans have
     studies, app = folder / "studies", folder / "app"
     studies.mkdir()
     for number in range(2):
         _save(studies / f"sub-{number}_T1w.nii.gz", phantom(SHAPE, number)[0])
+    t1, t2, _ = phantom(SHAPE, 2)
+    _save(studies / "patient.nii.gz", np.stack([t1, 2 * t1, t2, t2[::-1]], -1))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -117,25 +119,26 @@ def test_segments_as_the_command_line_does(server: Server, tmp_path: Path) -> No
     np.testing.assert_array_equal(server.infer(TISSUE, "sub-0_T1w"), expected)
 
 
-def test_trains_on_a_saved_label(server: Server, tmp_path: Path) -> None:
-    shipped = BUNDLES / TISSUE / "models" / "model.pt"
+@pytest.mark.parametrize(("bundle", "image"), [(TISSUE, "sub-0_T1w"), (TUMOR, "patient")])
+def test_trains_on_a_saved_label(server: Server, tmp_path: Path, bundle: str, image: str) -> None:
+    shipped = BUNDLES / bundle / "models" / "model.pt"
     before = shipped.read_bytes()
     label = _save(tmp_path / "label.nii.gz", phantom(SHAPE, 0)[2])
     with label.open("rb") as file:
-        server.call("PUT", "/datastore/label?image=sub-0_T1w", files={"label": file})
-    untrained = server.infer(TISSUE, "sub-0_T1w")
-    server.call("POST", f"/train/{TISSUE}?run_sync=true", json={**CPU, "max_epochs": 1})
+        server.call("PUT", f"/datastore/label?image={image}", files={"label": file})
+    untrained = server.infer(bundle, image)
+    server.call("POST", f"/train/{bundle}?run_sync=true", json={**CPU, "max_epochs": 1})
 
-    models = server.models / TISSUE / "models"
+    models = server.models / bundle / "models"
     assert shipped.read_bytes() == (models / "model.pt").read_bytes() == before
     trained = torch.load(models / "model_last.pt", weights_only=True)["model"]
     # the training began with the shipped weights: an epoch moves them a little
     for key, start in torch.load(shipped, weights_only=True).items():
         assert (trained[key] - start).norm() < 0.1 * start.norm() + 0.1, key
-    assert "model_last.pt" in server.call("GET", "/info/").json()["trainers"][TISSUE]["config"]["model_filename"]
-    segmented = server.infer(TISSUE, "sub-0_T1w", model_filename="model_last.pt")
+    assert "model_last.pt" in server.call("GET", "/info/").json()["trainers"][bundle]["config"]["model_filename"]
+    segmented = server.infer(bundle, image, model_filename="model_last.pt")
     assert (segmented != untrained).any()
-    np.testing.assert_array_equal(server.infer(TISSUE, "sub-0_T1w"), untrained)
+    np.testing.assert_array_equal(server.infer(bundle, image), untrained)
 
 
 def test_segments_all_unlabelled_scans(server: Server) -> None:
@@ -145,10 +148,6 @@ def test_segments_all_unlabelled_scans(server: Server) -> None:
 
 
 def test_segments_four_modalities_in_one_file(server: Server, tmp_path: Path) -> None:
-    t1, t2, _ = phantom(SHAPE, 2)
-    path = _save(tmp_path / "patient.nii.gz", np.stack([t1, 2 * t1, t2, t2[::-1]], -1))
-    with path.open("rb") as file:
-        server.call("PUT", "/datastore/?image=patient", files={"file": (path.name, file)})
-    expected = _segment(TUMOR, path, tmp_path / "out", "--enhancing_label", "3")
+    expected = _segment(TUMOR, server.studies / "patient.nii.gz", tmp_path, "--enhancing_label", "3")
     assert expected.any() and expected.max() <= 3
     np.testing.assert_array_equal(server.infer(TUMOR, "patient"), expected)
