@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -310,6 +310,19 @@ class MoDL(nn.Module):
         if memory not in get_args(Memory):
             raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {memory!r}")
         self._memory = memory
+
+    def spread_weights(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give each regulariser the weights of the one that a ``state_dict`` has; one with several stays as it is."""
+        first, others = "regularizers.0.", range(1, len(self.regularizers))
+        if any(name.startswith("regularizers.1.") for name in weights):
+            return dict(weights)
+        copies = {
+            name.replace(first, f"regularizers.{i}.", 1): weight
+            for i in others
+            for name, weight in weights.items()
+            if name.startswith(first)
+        }
+        return {**weights, **copies}
 
     def forward(self, kspace: torch.Tensor, csm: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Reconstruct.

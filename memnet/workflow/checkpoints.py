@@ -29,7 +29,8 @@ def load_weights(network: nn.Module, path: str | Path, key: str = "model", may_m
     """Load weights into a network, completely or not at all.
 
     Args:
-        network: the network; one without the variational branch takes weights that have it.
+        network: the network; one without the variational branch takes weights that have it, a :class:`memnet.MoDL` with several
+            regularisers those of one.
         path: a ``state_dict`` saved by :func:`torch.save`, or a dictionary that has one under ``key``.
         key: see ``path``.
         may_miss: beginnings of the names that the file need not have and that stay as they are, as ``"vae."`` where a
@@ -48,6 +49,8 @@ def load_weights(network: nn.Module, path: str | Path, key: str = "model", may_m
     weights = weights.get(key, weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise ValueError(f"{path}: holds no dictionary of tensors")
+    if hasattr(network, "spread_weights"):
+        weights = network.spread_weights(weights)
     wanted = network.state_dict()
     spare = {k for k in weights if k.startswith("vae.")} if not any(k.startswith("vae.") for k in wanted) else set()
     missing = sorted(k for k in set(wanted) - set(weights) if not k.startswith(tuple(may_miss)))

@@ -10,6 +10,7 @@ from memnet import DriftError, set_memory
 from memnet.accounting.live_memory import peak_live_bytes
 from memnet.mri.operators import SenseOperator
 from memnet.nets.modl import DataConsistency, MoDL, Regularization, ResidualCNN
+from memnet.workflow.checkpoints import load_weights
 
 SHAPES = {
     "2D": ((2, 8, 12), (2, 3, 8, 12), 2, 2),
@@ -178,6 +179,19 @@ def test_weights_serve_any_number_of_unrolls_and_any_tiles():
     other = network(n_unrolls=5, tile=(8,), memory="invert")
     other.load_state_dict(net.state_dict())
     assert "regularizers.0.residual.0.weight" in net.state_dict() and "data_consistency.log_mu" in net.state_dict()
+
+
+def test_weights_of_one_regulariser_serve_as_many_as_there_are(tmp_path):
+    inputs = example(*SHAPES["slab"][:2])
+    one, several = network(3), network(3, shared=False)
+    for p in several.parameters():
+        torch.nn.init.normal_(p)
+    torch.save(one.state_dict(), tmp_path / "one.pt")
+    load_weights(several, tmp_path / "one.pt")
+    assert torch.equal(several(*inputs), one(*inputs))
+    torch.save(several.state_dict(), tmp_path / "several.pt")
+    with pytest.raises(ValueError, match="do not fit"):
+        load_weights(network(3, shared=False, n_unrolls=4), tmp_path / "several.pt")
 
 
 def test_a_regulariser_of_ones_own():
