@@ -34,7 +34,7 @@ __all__ = ["bundle_root", "end", "input_error", "one_line_errors", "start"]
 _PACKAGE = str(Path(__file__).parent)
 # what a system says of its disks and folders, of which no program is to blame
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_OF_THE_MACHINE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM}
+_OF_THE_MACHINE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR}
 _LOAD_CONFIG, _LOAD_CONFIGS = ConfigParser.load_config_file.__code__, ConfigParser.load_config_files.__code__
 _NOT_WRITTEN = re.compile(rf"^{NotWrittenError.__module__}\.{NotWrittenError.__name__}: (.+)$", re.MULTILINE)
 

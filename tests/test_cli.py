@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import BUNDLES
 
 from memnet import __version__
 from memnet.cli import main
@@ -36,6 +37,15 @@ def test_input_error_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     assert "absent" in message
+
+
+def test_a_file_in_the_way_of_the_outputs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    bundle = str(BUNDLES / "brain_mri_tissue_invres")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        assert main(["pack", "--bundle", bundle, "--output_dir", str(folder)]) == 1
+        message = capsys.readouterr().err
+        assert message.startswith(f"error: {folder}") and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [b"no JSON", b"[1, 2]", b'{"a": 1, "a": 2}', b"\xff\xfe{}", None])

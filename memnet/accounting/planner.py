@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -65,7 +66,7 @@ class TrainingStep:
         loss_id: its id of the loss; where it has none, the sum of the outputs is differentiated.
 
     Raises:
-        ValueError: a file is missing, or the config has no such network.
+        ValueError: a file is missing, or the config has no such network or setting.
     """
 
     def __init__(
@@ -85,6 +86,12 @@ class TrainingStep:
                     raise ValueError(f"{file}: no such config")
             self._content = ConfigParser.load_config_files([str(file) for file in files])
         self._overrides = overrides or {}
+        for key in self._overrides:
+            if key.split("#")[0] not in self._content:
+                nearest = difflib.get_close_matches(key, self._content, n=1, cutoff=0.5)
+                raise ValueError(
+                    f"{key!r} is no setting of the config{f'; did you mean {nearest[0]!r}?' if nearest else ''}"
+                )
         self._plans: dict[Any, Plan] = {}  # each simulation takes seconds
         self._network_id, self._loss_id = network_id, loss_id
         parser = self._parser(None)

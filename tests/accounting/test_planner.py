@@ -250,6 +250,7 @@ def test_command_prints_the_overrides_of_the_largest_patch(config, capsys):
         (["--budget", "12 apples"], "'12 apples' is no amount of memory"),
         (["--network_id", "generator"], "has no generator"),
         (["--set", "network_name"], "'network_name' is no override"),
+        (["--set", "network_nam=partially"], "'network_nam' is no setting of the config; did you mean 'network_name'?"),
     ],
 )
 def test_bad_arguments_are_refused_in_a_line(config, words, said, capsys):
