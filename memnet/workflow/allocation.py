@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Let the C library keep freed blocks for the next tensor rather than return each to the system.
 
     A network in 3D allocates and frees tensors of hundreds of megabytes in every layer; faulting their pages in again takes
-    a good part of the inference's processor time. ``tests/test_allocation.py`` counts the faults.
+    a good part of the inference's processor time. ``tests/workflow/test_allocation.py`` counts the faults.
 
     Returns:
         Whether it is done: on Linux with glibc.
