@@ -7,7 +7,15 @@ from typing import Any
 
 from memnet import __version__
 from memnet.accounting import planner
-from memnet.benchmarks import comparison, depth, superresolution, superresolution_trials, training_memory, unrolled
+from memnet.benchmarks import (
+    comparison,
+    depth,
+    scaling,
+    superresolution,
+    superresolution_trials,
+    training_memory,
+    unrolled,
+)
 from memnet.benchmarks.peers import command as peers
 from memnet.bundle import input_error
 from memnet.datasets import diffusion_blocks, diffusion_copies
@@ -25,6 +33,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     training_memory.add_parser,
     comparison.add_parser,
     depth.add_parser,
+    scaling.add_parser,
     unrolled.add_parser,
     peers.add_parser,
     superresolution.add_parser,

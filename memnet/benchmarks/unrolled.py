@@ -16,7 +16,7 @@ from memnet.benchmarks.tables import machine, markdown_table, shown
 from memnet.mri.operators import SenseOperator
 from memnet.nets.modl import DataConsistency, MoDL, Regularization, ResidualCNN
 
-__all__ = ["STRATEGIES", "Cost", "compare_strategies", "draw_costs", "simulated_slab"]
+__all__ = ["STRATEGIES", "Cost", "compare_strategies", "draw_costs", "simulated_slab", "unrolled_network"]
 
 # MoDL's arguments; "published" is memory-efficient learning without the guard that would stop it
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -74,6 +74,31 @@ def simulated_slab(
     return SenseOperator(csm, mask).forward(image), csm, mask
 
 
+def unrolled_network(
+    strategy: str,
+    n_unrolls: int,
+    spatial_dims: int = 3,
+    channels: int = 32,
+    tile: Sequence[int] = (64,),
+    cg_iterations: int = 8,
+) -> MoDL:
+    """Build MoDL for a strategy whose error is to be measured, not refused.
+
+    Args:
+        strategy: a word of :data:`STRATEGIES`.
+        n_unrolls: unrolls.
+        spatial_dims: of the regulariser's convolutions.
+        channels: its filters.
+        tile: tiles of the strategies that have them.
+        cg_iterations: iterations of each data consistency.
+    """
+    consistency = DataConsistency(max_iterations=cg_iterations, drift_tolerance=float("inf"))
+    arguments = {"tile": tile} | STRATEGIES[strategy]
+    cnn = ResidualCNN(spatial_dims, channels)
+    regularizer = Regularization(cnn, arguments.pop("tile"), drift_tolerance=float("inf"))
+    return MoDL(n_unrolls=n_unrolls, regularizer=regularizer, data_consistency=consistency, **arguments)
+
+
 def compare_strategies(
     n_unrolls: int,
     shape: Sequence[int] = (24, 64, 64),
@@ -94,7 +119,7 @@ def compare_strategies(
         channels: filters of the regulariser.
         tile: tiles of the strategies that have them.
         cg_iterations: iterations of each data consistency.
-        rounds: each times one step of every strategy, so that all meet the same load of the machine.
+        rounds: each times one step of every strategy, so that all meet the same load of the machine; 0 measures memory alone.
         strategies: words of :data:`STRATEGIES`; ``plain`` comes first whether named or not, for the gradients.
         device: ``cpu`` or ``cuda``.
 
@@ -109,12 +134,7 @@ def compare_strategies(
     networks: dict[str, MoDL] = {}
     for name in dict.fromkeys(["plain", *strategies]):
         torch.manual_seed(0)
-        # an infinite tolerance: the error is to be measured, not refused
-        consistency = DataConsistency(max_iterations=cg_iterations, drift_tolerance=float("inf"))
-        arguments = {"tile": tile} | STRATEGIES[name]
-        cnn = ResidualCNN(len(shape), channels)
-        regularizer = Regularization(cnn, arguments.pop("tile"), drift_tolerance=float("inf"))
-        net = MoDL(n_unrolls=n_unrolls, regularizer=regularizer, data_consistency=consistency, **arguments).to(device)
+        net = unrolled_network(name, n_unrolls, len(shape), channels, tile, cg_iterations).to(device)
         weights = net.state_dict() if weights is None else weights
         net.load_state_dict(weights)
         networks[name] = net
@@ -122,7 +142,7 @@ def compare_strategies(
     def step(net: MoDL) -> None:
         net(*data).abs().square().mean().backward()
 
-    costs = measure_in_turn(step, networks, rounds, device)
+    costs = measure_in_turn(step, networks, rounds, device, warm_up=rounds > 0)
     gradients = {
         name: torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
         for name, net in networks.items()
