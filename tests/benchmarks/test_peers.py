@@ -16,6 +16,7 @@ from memnet.benchmarks.peers.implementations import IMPLEMENTATIONS, norm_act_co
 from memnet.benchmarks.peers.pitfalls import PROBES, ask, pitfall_table, probe_all
 from memnet.benchmarks.peers.superresolution import measure_superresolution, superresolution_table
 from memnet.benchmarks.peers.unets import U_NETS, NetworkCost, measure_unets, plan_unets, unet_table
+from memnet.benchmarks.unrolled import STRATEGIES
 from memnet.cli import main
 
 OWN = ("plain", "checkpoint_block", "checkpoint_sqrt", "store", "checkpoint", "invert", "tiles")
@@ -211,6 +212,7 @@ def test_command_writes_tables_and_raw_numbers(tmp_path, capsys):
         "chains",
         "espcn",
         "gradients",
+        "unrolled",
     ]
     assert main(words) == 0
     printed = capsys.readouterr().out
@@ -220,7 +222,17 @@ def test_command_writes_tables_and_raw_numbers(tmp_path, capsys):
     content = json.loads((tmp_path / "chains.json").read_text())
     assert {(r["name"], r["depth"]) for r in content["records"]} >= {("plain", 2), ("invert", 4)}
     assert (tmp_path / "chains.md").read_text() in printed + "\n"
+    strategies = {r["strategy"]: r["peak"] for r in json.loads((tmp_path / "unrolled.json").read_text())["records"]}
+    assert set(strategies) == set(STRATEGIES) and strategies["tiles"] < strategies["plain"]
     assert {file.name for file in tmp_path.iterdir()} == {
-        *(f"{part}.{kind}" for part in ("chains", "espcn", "gradients") for kind in ("json", "md")),
+        *(f"{part}.{kind}" for part in ("chains", "espcn", "gradients", "unrolled") for kind in ("json", "md")),
         "chains.png",
     }
+
+
+def test_implementations_are_chosen(tmp_path, capsys):
+    words = ["bench", "--only", "chains", "--depths", "1", "3", "--timed_depth", "1", "--channels", "4", "--size", "6"]
+    words += ["--rounds", "0", "--device", "cpu", "--output_dir", str(tmp_path), "--implementations", "plain", "tiles"]
+    assert main(words) == 0
+    assert {r["name"] for r in json.loads((tmp_path / "chains.json").read_text())["records"]} == {"plain", "tiles"}
+    assert "| memnet `invert`, in tiles | " in capsys.readouterr().out

@@ -14,7 +14,7 @@ from memnet.benchmarks.measurement import Cost, measure_in_turn
 from memnet.benchmarks.peers.implementations import IMPLEMENTATIONS, norm_act_conv_branches
 from memnet.benchmarks.tables import markdown_table, shown, shown_range
 
-__all__ = ["ChainCost", "chain_table", "draw_chains", "measure_chains"]
+__all__ = ["NAMES", "ChainCost", "chain_table", "draw_chains", "measure_chains"]
 
 NAMES = tuple(name for name in IMPLEMENTATIONS if name != "store")  # which keeps what plain autograd keeps
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from memnet.benchmarks.peers.chains import chain_table, draw_chains, measure_chains
+from memnet.benchmarks import unrolled
+from memnet.benchmarks.peers.chains import NAMES, chain_table, draw_chains, measure_chains
 from memnet.benchmarks.peers.gradients import drift_table, gradient_table, measure_drift, measure_gradients
 from memnet.benchmarks.peers.implementations import IMPLEMENTATIONS
 from memnet.benchmarks.peers.pitfalls import pitfall_table, probe_all
@@ -30,12 +31,13 @@ Part = tuple[str, Sequence[Any]]
 
 def _chains(a: argparse.Namespace, folder: Path) -> Part:
     depths, size, channels, rounds = ([2, 4], 8, 4, 1) if a.quick else (a.depths, a.size, a.channels, a.rounds)
+    names = [name for name in NAMES if not a.implementations or name in a.implementations]
     costs = measure_chains(
-        depths, 4 if a.quick else a.timed_depth, channels, size, rounds, device=a.device, batch_size=a.batch_size
+        depths, 4 if a.quick else a.timed_depth, channels, size, rounds, names, a.device, a.batch_size
     )
     draw_chains(costs, folder / "chains.png")
     title = f"Chains of L couplings, {channels} channels, {size}^3, batch size {a.batch_size}"
-    return f"## {title}\n\n{chain_table(costs)}\n\n![Memory against depth and time](chains.png)", costs
+    return f"## {title}\n\n{chain_table(costs, names)}\n\n![Memory against depth and time](chains.png)", costs
 
 
 def _gradients(a: argparse.Namespace, folder: Path) -> Part:
@@ -67,8 +69,17 @@ def _espcn(a: argparse.Namespace, folder: Path) -> Part:
     ]
 
 
+def _unrolled(a: argparse.Namespace, folder: Path) -> Part:
+    shape, channels, tile, rounds = ((2, 8, 16), 4, (8,), 0) if a.quick else ((24, 64, 192), 32, (64,), a.rounds)
+    costs: list[unrolled.Cost] = []
+    for n_unrolls in [1] if a.quick else a.unrolls:
+        costs += unrolled.compare_strategies(n_unrolls, shape, 8, channels, tile, rounds=rounds, device=a.device)
+    title = f"MoDL, {' x '.join(map(str, shape))}, 8 coils, {channels} filters, tiles of {tile[0]}"
+    return f"## {title}\n\n{unrolled.table(costs)}", [cost._asdict() for cost in costs]
+
+
 def _pitfalls(a: argparse.Namespace, folder: Path) -> Part:
-    names = ("plain", "invert") if a.quick else tuple(IMPLEMENTATIONS)
+    names = ("plain", "invert") if a.quick else a.implementations or tuple(IMPLEMENTATIONS)
     answers = probe_all(names)
     legend = "yes: as plain autograd; no: wrong, in silence; or the exception, or how the process ended."
     return f"## What else training asks of a chain\n\n{pitfall_table(answers, names)}\n\n{legend}", [answers]
@@ -80,6 +91,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Part]] = {
     "gradients": _gradients,
     "unets": _unets,
     "espcn": _espcn,
+    "unrolled": _unrolled,
 }
 """The comparisons, by the word that chooses them."""
 
@@ -95,6 +107,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output_dir", default="benchmark", help="folder of the tables, pictures and raw numbers")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts; all by default")
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 8, 16, 32, 128], help="couplings of the chains")
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=list(IMPLEMENTATIONS),
+        help="of the chains and the pitfalls; all by default",
+    )
+    parser.add_argument("--unrolls", type=int, nargs="+", default=[4, 10], help="of MoDL")
     parser.add_argument("--timed_depth", type=int, default=16, help="couplings of the chains that are timed")
     parser.add_argument("--channels", type=int, default=32, help="channels of the chains")
     parser.add_argument("--size", type=int, default=48, help="side of the chains' cube, voxels")
