@@ -75,7 +75,18 @@ def test_properties_are_complete(kind: str, configs: list[Path], label_maps: Pat
 @bundles
 def test_training_and_inference_share_network_and_preprocessing(bundle: Path) -> None:
     train, inference = (json.loads((bundle / "configs" / f"{c}.json").read_text()) for c in ("train", "inference"))
-    for key in ("network_def", "network", "network_name", "n_unrolls", "channels", "shared", "mu", "memory", "tile", "device"):
+    for key in (
+        "network_def",
+        "network",
+        "network_name",
+        "n_unrolls",
+        "channels",
+        "shared",
+        "mu",
+        "memory",
+        "tile",
+        "device",
+    ):
         assert train.get(key) == inference.get(key), key
     shared = train["image_transforms"]
     assert inference["preprocessing"]["transforms"][: len(shared)] == shared
