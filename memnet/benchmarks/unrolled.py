@@ -189,8 +189,10 @@ def draw_costs(costs: Sequence[Cost], file: str | Path) -> None:
         }
         memory_axes.plot(unrolls, [cost.peak / 2**20 for cost in mine], **style)
         time_axes.plot(unrolls, [cost.seconds / unit.seconds for cost in mine], **style)
-    memory_axes.set(yscale="log", ylabel="peak memory of a step, MiB")
-    time_axes.set(ylabel=f"time of a step, that of plain with {unit.n_unrolls} unrolls = 1", ylim=(0, None))
+    memory_axes.set_yscale("log", base=2)
+    memory_axes.yaxis.set_major_formatter("{x:g}")
+    memory_axes.set(ylabel="peak memory of a step, MiB")
+    time_axes.set(ylabel=f"time of a step (plain, N = {unit.n_unrolls}: 1)", ylim=(0, None))
     for axes in (memory_axes, time_axes):
         axes.set_xticks(sorted({cost.n_unrolls for cost in costs}))
         axes.set_xlabel("unrolls, N")
