@@ -255,6 +255,9 @@ def test_movies_train_and_resume(movies: Path, tmp_path: Path) -> None:
 
     whole = train_cine("whole")
     train_cine("cut", **{"train#trainer#max_epochs": 1})
+    with pytest.raises(RuntimeError) as raised:
+        train_cine("cut", resume=True, epochs=3)
+    assert "ends at 4 (t_total)" in str(input_error(raised.value))
     resumed = train_cine("cut", resume=True)
     # two slices to train on, one to validate
     assert whole["iteration"] == 4

@@ -21,7 +21,7 @@ __all__ = ["TrainingCheckpoint", "WeightsLoader", "load_weights"]
 
 logger = logging.getLogger("memnet")
 
-_LENGTHS = {"T_max", "total_steps"}  # of PyTorch's schedulers, epochs or steps
+_LENGTHS = {"T_max", "total_steps", "t_total"}  # of schedulers, epochs or steps
 _claimed: dict[Path, int] = {}
 
 
