@@ -25,9 +25,7 @@ _ATEN = torch.ops.aten
 _STAND_INS: dict[Any, Any] = {_ATEN._local_scalar_dense.default: 1, _ATEN.equal.default: True}
 _COUNTED = {_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step}  # loops run over their values
 _DEVICE = torch.ops.prim.device.default  # asked for more often than everything else together
-_TOLERANCE = (
-    0.001  # of the peak, by which it may be overestimated so that the dead are not looked for after each operation
-)
+_TOLERANCE = 0.001  # share of the peak that may be dead already; looking after each operation takes too long
 _ENGINE_REFERENCES = 6  # to a tensor in this module that the caller of an operation does not hold
 
 
@@ -85,9 +83,8 @@ class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
-        self._live = self._most = self._unsettled = (
-            0  # bytes: alive, their peak, booked since the dead were last looked for
-        )
+        # bytes alive, their peak, and what was made since the dead were last looked for
+        self._live = self._most = self._unsettled = 0
         self._alive: dict[int, tuple[int, StorageWeakRef, int]] = {}  # storage: place of its booking, reference, bytes
         self._bookings: list[tuple[int, int]] = []  # place of the booking that a line belongs to, bytes
 
