@@ -29,6 +29,7 @@ __all__ = [
     "EstimateMapsd",
     "LoadKspaced",
     "PackKspaced",
+    "RandKspaceNoised",
     "RandSlabd",
     "RandUndersampled",
     "ScaleKspaced",
@@ -237,6 +238,36 @@ class RandSlabd(RandomizableTransform, MapTransform):
         return d
 
 
+class RandKspaceNoised(RandomizableTransform):
+    """Add complex Gaussian noise of a random strength to fully sampled ``kspace``, and what comes of it to ``label``.
+
+    A network that has seen one strength alone smooths quieter data and leaves noise in others. As in measured data, the
+    reference has the noise of the samples that it was made of.
+
+    Args:
+        largest: the standard deviation in each coil's image (real and imaginary part alike), relative to the 99th percentile of
+            the label's magnitude, is drawn between 0 and this.
+    """
+
+    def __init__(self, largest: float) -> None:
+        RandomizableTransform.__init__(self, 1.0)
+        self.largest = largest
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Return the data with new ``kspace`` and ``label``."""
+        d = dict(data)
+        if self.largest == 0:
+            return d
+        kspace, label = _plain(d["kspace"]), _plain(d["label"])
+        strength = float(self.R.uniform(0, self.largest)) * _bright(label.norm(dim=0))
+        generator = torch.Generator().manual_seed(int(self.R.randint(2**31)))
+        noise = torch.view_as_complex(torch.randn(*kspace.shape, 2, generator=generator)) * strength * d["mask"]
+        image = SenseOperator(d["csm"][None], d["mask"][None]).adjoint(noise[None])
+        d["kspace"] = _like(kspace + noise, d["kspace"])
+        d["label"] = _like(label + torch.view_as_real(image[0]).movedim(-1, 0), d["kspace"])
+        return d
+
+
 class RandUndersampled(RandomizableTransform):
     """Throw samples of fully sampled k-space away.
 
@@ -278,8 +309,8 @@ class ScaleKspaced(Transform):
         """Return the scaled data; the factor that undoes it is the entry ``scale`` of the metadata."""
         d = dict(data)
         kspace = _plain(d["kspace"])
-        magnitude = SenseOperator(d["csm"][None], d["mask"][None]).adjoint(kspace[None]).abs().flatten()
-        scale = float(magnitude.kthvalue(max(1, round(0.99 * magnitude.numel()))).values) or float(magnitude.max())
+        magnitude = SenseOperator(d["csm"][None], d["mask"][None]).adjoint(kspace[None]).abs()
+        scale = _bright(magnitude) or float(magnitude.max())
         if not scale:
             raise ValueError(f"{_file(d)}: its image is zero everywhere")
         for key in ("kspace", "label"):
@@ -386,6 +417,12 @@ def fit_field_of_view(magnitude: np.ndarray, affine: np.ndarray, margin: int) ->
 
 def _plain(x: torch.Tensor) -> torch.Tensor:
     return x.as_tensor() if isinstance(x, MetaTensor) else x
+
+
+def _bright(magnitude: torch.Tensor) -> float:
+    """Return the 99th percentile."""
+    values = magnitude.flatten()
+    return float(values.kthvalue(max(1, round(0.99 * values.numel()))).values)
 
 
 def _like(x: torch.Tensor, source: MetaTensor) -> MetaTensor:

@@ -27,6 +27,7 @@ from memnet.transforms.kspace import (
     EstimateMapsd,
     LoadKspaced,
     PackKspaced,
+    RandKspaceNoised,
     RandSlabd,
     RandUndersampled,
     ScaleKspaced,
@@ -160,6 +161,25 @@ def test_masks_are_drawn_anew_but_for_a_seed(volume: Path) -> None:
     assert torch.equal(random(data)["mask"], again(data)["mask"])
     fixed = RandUndersampled(PoissonDiscMask([3.0], 4), seed=2)
     assert torch.equal(fixed(data)["mask"], fixed(data)["mask"])
+
+
+def test_added_noise_is_in_the_reference_too_and_of_any_strength_up_to_the_largest(volume: Path) -> None:
+    data = prepared(volume, noise=0.0)
+    data["mask"][..., 0, 0] = False  # a corner that no scan takes
+    data = CombineCoilsd()(data)
+    random, unit = RandKspaceNoised(0.1).set_random_state(seed=0), float(data["label"].norm(dim=0).quantile(0.99))
+    strengths = []
+    for _ in range(40):
+        noised = random(data)
+        added = (noised["kspace"] - data["kspace"]).as_tensor()
+        assert not added[..., 0, 0].any()
+        torch.testing.assert_close(noised["label"], CombineCoilsd()(noised)["label"], rtol=0, atol=1e-5 * unit)
+        strengths.append(float(added[..., 1:, :].real.std()) / unit)
+    assert 0 < min(strengths) < 0.01 and 0.09 < max(strengths) < 0.102
+    assert torch.equal(
+        RandKspaceNoised(0.1).set_random_state(seed=0)(data)["label"], random.set_random_state(seed=0)(data)["label"]
+    )
+    assert RandKspaceNoised(0.0)(data)["kspace"] is data["kspace"]
 
 
 def test_output_gets_the_scale_and_place_of_the_raw_data(volume: Path) -> None:
