@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from memnet.budget import parse_bytes
 from memnet.chain import Chain, Memory
 from memnet.diffusion.superresolution import TensorLoss
 from memnet.nets.packed import PackedMoDL
+from memnet.spelling import did_you_mean
 
 __all__ = ["Plan", "TrainingStep", "fill_budget", "largest_patch", "parse_bytes", "read_override"]
 
@@ -88,10 +88,7 @@ class TrainingStep:
         self._overrides = overrides or {}
         for key in self._overrides:
             if key.split("#")[0] not in self._content:
-                nearest = difflib.get_close_matches(key, self._content, n=1, cutoff=0.5)
-                raise ValueError(
-                    f"{key!r} is no setting of the config{f'; did you mean {nearest[0]!r}?' if nearest else ''}"
-                )
+                raise ValueError(f"{key!r} is no setting of the config{did_you_mean(key, self._content)}")
         self._plans: dict[Any, Plan] = {}  # each simulation takes seconds
         self._network_id, self._loss_id = network_id, loss_id
         parser = self._parser(None)

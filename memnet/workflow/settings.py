@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
+
+from memnet.spelling import did_you_mean
 
 __all__ = ["build_without_memory", "check_output_folder", "check_overrides", "check_values", "read_words"]
 
@@ -57,7 +58,7 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
     known |= {workflow.run_id, workflow.init_id, workflow.final_id}
     for key in config:
         if key not in known:
-            raise ValueError(_unknown(key, sorted(k for k in known if k not in _OF_MONAI)))
+            raise _unknown(key, known - _OF_MONAI)
     for path, section in _sections(config):
         originals = _at(shipped, path)
         if not originals:
@@ -68,7 +69,7 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
             # a dictionary is a component that someone adds, such as a metric of their own
             added = not target and isinstance(section[key], dict)
             if key not in names and not added and not (target and "**" in names):
-                raise ValueError(_unknown("#".join([*path, key]), ["#".join([*path, k]) for k in sorted(names)]))
+                raise _unknown("#".join([*path, key]), ("#".join([*path, k]) for k in names))
 
 
 def read_words(workflow: ConfigWorkflow) -> None:
@@ -228,7 +229,5 @@ def _parameters_of(target: str) -> set[str]:
     return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
 
 
-def _unknown(key: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"{key!r} is no setting of this bundle{hint}"
+def _unknown(key: str, known: Iterable[str]) -> ValueError:
+    return ValueError(f"{key!r} is no setting of this bundle{did_you_mean(key, sorted(known))}")
