@@ -1,4 +1,4 @@
-"""Dictionary transforms from a file of raw data to the network's input, and from its output to an image in space."""
+"""Dictionary transforms from a file of raw data to the network's input."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from memnet.mri.coils import calibration_region, compress_coils, espirit_maps
 from memnet.mri.fourier import kspace_to_image
 from memnet.mri.operators import SenseOperator
 from memnet.mri.simulated_scans import simulate_movie, simulate_volume
-from memnet.nets.packed import pack, unpack
+from memnet.nets.packed import pack
 
 __all__ = [
     "CombineCoilsd",
-    "CompareMagnitudesd",
     "CompressCoilsd",
     "EstimateMapsd",
     "LoadKspaced",
@@ -33,9 +32,9 @@ __all__ = [
     "RandSlabd",
     "RandUndersampled",
     "ScaleKspaced",
-    "ToVolumed",
-    "ZeroFilledd",
     "fit_field_of_view",
+    "plain_tensor",
+    "with_meta_of",
 ]
 
 Data = Mapping[Hashable, Any]
@@ -149,7 +148,7 @@ class CompressCoilsd(MapTransform):
         """Return the data with compressed k-space."""
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = _like(compress_coils(_plain(d[key]), self.n_coils), d[key])
+            d[key] = with_meta_of(compress_coils(plain_tensor(d[key]), self.n_coils), d[key])
         return d
 
 
@@ -174,7 +173,7 @@ class EstimateMapsd(Transform):
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         """Add ``csm`` complex64, ``(coils, slices, y, z)`` or ``(coils, 1, x, y)`` of a movie."""
         d = dict(data)
-        kspace, mask = _plain(d["kspace"]), _fitting(d, d["mask"])
+        kspace, mask = plain_tensor(d["kspace"]), _fitting(d, d["mask"])
         mask = mask.expand(1, mask.shape[1], *kspace.shape[2:])
         if mask.shape[1] > 1:
             count = mask.sum(1, keepdim=True)
@@ -206,8 +205,8 @@ class CombineCoilsd(Transform):
             raise ValueError(
                 f"{_file(d)}: {100 * share:.0f} % of k-space is sampled; a reference needs fully sampled data"
             )
-        image = SenseOperator(d["csm"][None], d["mask"][None]).adjoint(_plain(d["kspace"])[None])
-        d["label"] = _like(torch.view_as_real(image[0]).movedim(-1, 0).contiguous(), d["kspace"])
+        image = SenseOperator(d["csm"][None], d["mask"][None]).adjoint(plain_tensor(d["kspace"])[None])
+        d["label"] = with_meta_of(torch.view_as_real(image[0]).movedim(-1, 0).contiguous(), d["kspace"])
         return d
 
 
@@ -228,7 +227,7 @@ class RandSlabd(RandomizableTransform, MapTransform):
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         """Return the data with slabs."""
         d = dict(data)
-        energy = _plain(d[self.source_key]).square().sum((0, 2, 3))
+        energy = plain_tensor(d[self.source_key]).square().sum((0, 2, 3))
         n_slices = len(energy)
         centre = int(self.R.choice(torch.nonzero(energy >= 0.1 * energy.max()).flatten().tolist()))
         start = max(0, min(centre - self.slab_size // 2, n_slices - self.slab_size))
@@ -258,13 +257,13 @@ class RandKspaceNoised(RandomizableTransform):
         d = dict(data)
         if self.largest == 0:
             return d
-        kspace, label = _plain(d["kspace"]), _plain(d["label"])
+        kspace, label = plain_tensor(d["kspace"]), plain_tensor(d["label"])
         strength = float(self.R.uniform(0, self.largest)) * _bright(label.norm(dim=0))
         generator = torch.Generator().manual_seed(int(self.R.randint(2**31)))
         noise = torch.view_as_complex(torch.randn(*kspace.shape, 2, generator=generator)) * strength * d["mask"]
         image = SenseOperator(d["csm"][None], d["mask"][None]).adjoint(noise[None])
-        d["kspace"] = _like(kspace + noise, d["kspace"])
-        d["label"] = _like(label + torch.view_as_real(image[0]).movedim(-1, 0), d["kspace"])
+        d["kspace"] = with_meta_of(kspace + noise, d["kspace"])
+        d["label"] = with_meta_of(label + torch.view_as_real(image[0]).movedim(-1, 0), d["kspace"])
         return d
 
 
@@ -290,11 +289,11 @@ class RandUndersampled(RandomizableTransform):
         # one draw of the transform's own generator seeds the mask, so that MONAI's way of seeding reaches it
         self.mask.set_random_state(seed=int(self.R.randint(2**31)) if self.seed is None else self.seed)
         try:
-            left, mask = self.mask(_plain(d["kspace"]))
+            left, mask = self.mask(plain_tensor(d["kspace"]))
         except ValueError as error:
             raise ValueError(f"{_file(d)}: {error}") from error
         d["mask"] = _fitting(d, mask) & _fitting(d, d["mask"])
-        d["kspace"] = _like(left, d["kspace"])
+        d["kspace"] = with_meta_of(left, d["kspace"])
         return d
 
 
@@ -308,7 +307,7 @@ class ScaleKspaced(Transform):
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         """Return the scaled data; the factor that undoes it is the entry ``scale`` of the metadata."""
         d = dict(data)
-        kspace = _plain(d["kspace"])
+        kspace = plain_tensor(d["kspace"])
         magnitude = SenseOperator(d["csm"][None], d["mask"][None]).adjoint(kspace[None]).abs()
         scale = _bright(magnitude) or float(magnitude.max())
         if not scale:
@@ -327,68 +326,7 @@ class PackKspaced(Transform):
         """Return ``image``, MetaTensor complex64 ``(2 coils + 1, slices or frames, y, z)``, and what else there was."""
         d = dict(data)
         kspace = d.pop("kspace")
-        d["image"] = _like(pack(_plain(kspace), d.pop("csm"), d.pop("mask")), kspace)
-        return d
-
-
-class ToVolumed(MapTransform):
-    """Turn a network's output into an image in space, with the scale of the raw data.
-
-    Args:
-        keys: real and imaginary part, ``(2, slices or frames, y, z)``.
-        image_key: the network's input, which has the metadata.
-        movie: whether the first dimension is the frames; they become the channels, which writers put last.
-        phase: add the phase, rad, as entry ``phase``.
-    """
-
-    def __init__(
-        self, keys: KeysCollection, image_key: str = "image", movie: bool = False, phase: bool = False
-    ) -> None:
-        super().__init__(keys)
-        self.image_key, self.movie, self.phase = image_key, movie, phase
-
-    def __call__(self, data: Data) -> dict[Hashable, Any]:
-        """Return magnitudes, MetaTensor float32 ``(1, x, y, z)`` or ``(frames, x, y, 1)``."""
-        d = dict(data)
-        source = d[self.image_key]
-        for key in self.key_iterator(d):
-            value = torch.complex(*_plain(d[key]).float().cpu().unbind())
-            value = value[..., None] if self.movie else value[None]
-            d[key] = _like(value.abs() * source.meta.get("scale", 1.0), source)
-            if self.phase:
-                d["phase"] = _like(value.angle(), source)
-        return d
-
-
-class ZeroFilledd(Transform):
-    """Add ``zero_filled``, what the adjoint makes of the network's input ``image``: the least that a network must beat."""
-
-    def __call__(self, data: Data) -> dict[Hashable, Any]:
-        """Add ``zero_filled`` float32 ``(2, slices or frames, y, z)``, real and imaginary part."""
-        d = dict(data)
-        kspace, csm, mask = unpack(_plain(d["image"])[None])
-        d["zero_filled"] = torch.view_as_real(SenseOperator(csm, mask).adjoint(kspace)[0]).movedim(-1, 0)
-        return d
-
-
-class CompareMagnitudesd(MapTransform):
-    """Make images comparable: magnitudes, relative to the largest of the reference.
-
-    Args:
-        keys: real and imaginary part, ``(2, slices or frames, y, z)``.
-        reference_key: the one whose largest magnitude becomes 1.
-    """
-
-    def __init__(self, keys: KeysCollection = ("pred", "label"), reference_key: str = "label") -> None:
-        super().__init__(keys)
-        self.reference_key = reference_key
-
-    def __call__(self, data: Data) -> dict[Hashable, Any]:
-        """Return magnitudes float32 ``(1, slices or frames, y, z)``."""
-        d = dict(data)
-        largest = _plain(d[self.reference_key]).norm(dim=0).max().clamp_min(torch.finfo(torch.float32).tiny)
-        for key in self.key_iterator(d):
-            d[key] = _plain(d[key]).float().norm(dim=0, keepdim=True) / largest
+        d["image"] = with_meta_of(pack(plain_tensor(kspace), d.pop("csm"), d.pop("mask")), kspace)
         return d
 
 
@@ -415,7 +353,8 @@ def fit_field_of_view(magnitude: np.ndarray, affine: np.ndarray, margin: int) ->
     return np.ascontiguousarray(magnitude[tuple(part)]), placed
 
 
-def _plain(x: torch.Tensor) -> torch.Tensor:
+def plain_tensor(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without metadata."""
     return x.as_tensor() if isinstance(x, MetaTensor) else x
 
 
@@ -425,7 +364,8 @@ def _bright(magnitude: torch.Tensor) -> float:
     return float(values.kthvalue(max(1, round(0.99 * values.numel()))).values)
 
 
-def _like(x: torch.Tensor, source: MetaTensor) -> MetaTensor:
+def with_meta_of(x: torch.Tensor, source: MetaTensor) -> MetaTensor:
+    """Return a tensor with the affine and the metadata of another."""
     return MetaTensor(x, source.affine.cpu(), meta={k: v for k, v in source.meta.items() if k != "affine"})
 
 

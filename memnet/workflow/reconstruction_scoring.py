@@ -16,7 +16,7 @@ from monai.metrics import PSNRMetric
 from memnet.accounting.planner import read_override
 from memnet.benchmarks.tables import markdown_table, shown
 from memnet.nets.packed import unpack
-from memnet.transforms.kspace import CompareMagnitudesd
+from memnet.transforms.kspace_outputs import CompareMagnitudesd
 from memnet.workflow.checkpoints import load_weights
 from memnet.workflow.image_quality import NRMSEMetric, SliceSSIMMetric
 from memnet.workflow.pics import METHODS, Method

@@ -22,7 +22,6 @@ from memnet.mri.simulated_scans import simulate_movie, simulate_volume
 from memnet.nets.packed import PackedMoDL, unpack
 from memnet.transforms.kspace import (
     CombineCoilsd,
-    CompareMagnitudesd,
     CompressCoilsd,
     EstimateMapsd,
     LoadKspaced,
@@ -31,9 +30,9 @@ from memnet.transforms.kspace import (
     RandSlabd,
     RandUndersampled,
     ScaleKspaced,
-    ToVolumed,
     fit_field_of_view,
 )
+from memnet.transforms.kspace_outputs import CompareMagnitudesd, ToVolumed
 
 AFFINE = np.array([[-0.9, 0, 0, 20], [0, 1.1, 0, -30], [0, 0, 1.3, 5], [0, 0, 0, 1]], dtype=float)
 
