@@ -12,14 +12,19 @@ __all__ = ["bytes_inside"]
 _ATEN = torch.ops.aten
 _SLOW_UP_TO = 20480  # product of the first four sizes of a float32 input of batch size 1 that PyTorch unfolds by itself
 _BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # of channels that oneDNN keeps together
+_SHARED_FROM = 256  # voxels of a plane for each thread, from which all threads unfold one plane, and not each its own
 
 
 def bytes_inside(function: Any, arguments: Any, outputs: Any) -> int:
     """Return the bytes that a call of an operation takes for the time it runs, 0 for all but convolutions on a CPU.
 
+    They are alive besides the output, or besides the gradient of the input, and gone before that of the weights is made.
+
     What PyTorch chooses is as in ``use_mkldnn`` of its Convolution.cpp; what the kernels then take was measured with
-    :func:`memnet.accounting.live_memory.peak_live_bytes` over channels, widths, batch sizes and numbers of threads. One case is
-    known that falls short, by 17 %: width 1 in float32 on several threads, of channels that oneDNN's blocks do not divide.
+    :func:`memnet.accounting.live_memory.peak_live_bytes` over channels, widths, strides, batch sizes and numbers of threads.
+    The number of threads is that of ``torch.get_num_threads()`` now: on several, PyTorch leaves to oneDNN what it does itself
+    on one, and oneDNN gives each its own scratch. Known to be off are bfloat16 gradients of strided weights on more than two
+    threads, and of weights of width 1 over a few thousand voxels or less.
 
     Args:
         function: the overload, such as ``torch.ops.aten.convolution.default``.
@@ -27,23 +32,27 @@ def bytes_inside(function: Any, arguments: Any, outputs: Any) -> int:
         outputs: what it returned.
     """
     if function is _ATEN.convolution.default:
-        (x, weight), y, backward = arguments[:2], outputs, False
+        (x, weight), y, (stride, transposed) = arguments[:2], outputs, (arguments[3], arguments[6])
+        of_x, of_weight = False, False
     elif function is _ATEN.convolution_backward.default:
-        (y, x, weight), backward = arguments[:3], True
+        (y, x, weight), (stride, transposed) = arguments[:3], (arguments[4], arguments[7])
+        of_x, of_weight = arguments[-1][:2]
     else:
         return 0
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return 0
-    wanted = backward and arguments[-1][0]  # the input's gradient
-    if x.dtype == torch.float32 and not _goes_to_onednn(x, weight, arguments[4 if backward else 3]):
+    if x.dtype == torch.float32 and not _goes_to_onednn(x, weight, stride):
         if prod(weight.shape[2:]) == 1:
-            return x.nbytes - weight.nbytes if wanted else 0
-        transposed = arguments[7 if backward else 6]
+            return x.nbytes if of_x and x.dim() == 5 else 0
         return prod(weight.shape[1:]) * prod((x if transposed else y).shape[2:]) * x.element_size()
+    sides = (y, x) if transposed else (x, y)
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is not None and x.is_contiguous(memory_format=channels_last):
-        return 0
-    return max(_of_gradients(x, weight, y, wanted)) if backward else _of_output(x, weight, y)
+    if channels_last is not None and x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
+        return _scratch(*sides, weight, stride) if of_weight and x.dtype == torch.bfloat16 else 0
+    if function is _ATEN.convolution.default:
+        return _of_data(x, weight, y, transposed, stride) - y.nbytes
+    for_x = _of_data(y, weight, x, not transposed, stride) - x.nbytes if of_x else 0
+    return max(for_x, _of_weights(*sides, weight, stride) if of_weight else 0)
 
 
 def _goes_to_onednn(x: torch.Tensor, weight: torch.Tensor, stride: Any) -> bool:
@@ -51,36 +60,74 @@ def _goes_to_onednn(x: torch.Tensor, weight: torch.Tensor, stride: Any) -> bool:
     return wide and (x.shape[0] > 1 or min(weight.shape[-2:]) > 3 or prod(x.shape[:4]) > _SLOW_UP_TO)
 
 
-def _of_output(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> int:
-    """Bytes of the copies of a forward pass."""
-    of_input, of_output, of_weight = _copies(x, weight, y)
-    if prod(weight.shape[2:]) == 1:
-        return of_input + of_output - y.nbytes + _scratch(y)
-    return of_output + max(0, (of_input if x.shape[1] >= _BLOCK else 0) + of_weight - y.nbytes)
+def _of_data(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, transposed: bool, stride: Any) -> int:
+    """Bytes at most alive while ``y`` is computed from ``x``, ``y`` included, by a convolution or its transpose."""
+    (of_x, of_y, of_weight), widths, threads = _copies(x, weight, y), weight.shape[2:], torch.get_num_threads()
+    if transposed and max(stride) > 1:  # each thread pads a sample, and the result is copied twice
+        padded = [n + (width - 1) // 2 for n, width in zip(x.shape[2:], widths, strict=True)]
+        pads = threads * x.shape[1] * prod(padded) * x.element_size()
+        return max(x.nbytes + of_weight + y.nbytes + pads, 3 * y.nbytes)
+    narrow = prod(widths) == 1
+    sums = threads * 2 * of_y // y.shape[0] if narrow and x.dtype == torch.bfloat16 else 0  # in float32, of a sample
+    return of_y + max((of_x if narrow or transposed or x.shape[1] >= _BLOCK else 0) + of_weight + sums, y.nbytes)
 
 
-def _of_gradients(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, wanted: bool) -> tuple[int, int]:
-    """Bytes of the copies for the input's gradient, and for the weights'."""
-    (of_input, of_output, of_weight), threads = _copies(x, weight, y), torch.get_num_threads()
-    few, half = x.shape[1] < _BLOCK, x.dtype == torch.bfloat16
-    if prod(weight.shape[2:]) == 1:
-        return (of_input + of_output - x.nbytes + _scratch(x) if wanted else 0), of_input + of_output
-    for_input = of_input + of_output + of_weight - (x.nbytes if few else 0) if wanted else 0
-    if not few:  # in bfloat16 each thread turns a sample around, and sums in float32
-        turned = threads * ((of_input + of_output) // x.shape[0] + 2 * of_weight) if half else 0
-        return for_input, of_input + of_output + turned
-    if x.shape[1] <= 3 and not half:
-        return for_input, of_output
-    return for_input, threads * prod(weight.shape[1:]) * prod(y.shape[3:]) * x.element_size()  # a plane unfolded
+def _of_weights(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stride: Any) -> int:
+    """Bytes at most alive while the weights' gradient is computed; ``y`` is the side of fewer voxels."""
+    (of_x, of_y, of_weight), scratch = _copies(x, weight, y), _scratch(x, y, weight, stride)
+    if _unfolds(x, y, weight):
+        return weight.nbytes + scratch
+    return scratch + (of_y + weight.nbytes if _has_few(x, weight) else of_x + of_y + of_weight)
+
+
+def _scratch(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stride: Any) -> int:
+    """Bytes of a plane of the input unfolded, or in bfloat16 of a sample turned around and of sums in float32, by thread."""
+    threads = torch.get_num_threads()
+    if _unfolds(x, y, weight):
+        plane = prod(y.shape[3:])
+        unfolded = x.shape[1] * prod(weight.shape[2:]) * plane * x.element_size()
+        return (threads if plane < _SHARED_FROM * threads else 1) * (unfolded + 4 * weight.nbytes)
+    if x.dtype == torch.float32 or prod(weight.shape[2:]) == 1:
+        return 0
+    of_x, of_y, of_weight = _copies(x, weight, y)
+    if _has_few(x, weight):
+        of_x = of_weight = 0
+    return _sharing_samples(x, y, weight, stride) * ((of_x + of_y) // x.shape[0] + 2 * of_weight)
+
+
+def _sharing_samples(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stride: Any) -> int:
+    """Parts among which samples and slices are shared for the weights' gradient in bfloat16, the other threads sharing channels.
+
+    The cheapest by oneDNN's estimate of what a thread reads and writes, ``balance`` of its jit_avx512_core_bf16_conv_kernel.cpp.
+    """
+    threads, work = torch.get_num_threads(), y.shape[0] * y.shape[2]
+    n_x, n_y = (-(-t.shape[1] // _BLOCK) for t in (x, y))
+    of_x = x.numel() * (1 + (weight.shape[-1] - 1) / x.shape[-1])  # its rows padded
+    balance = 0.25 * (of_x + y.numel()) / weight.numel()
+    for_x = max(n_x / n_y, 1) * (4 if balance < 1 else 1) * of_x / prod(stride)
+    for_y, for_weight = max(n_y / n_x, 1) * y.numel(), max(balance, 1) * weight.numel()
+
+    def cost(samples: int, of_y: int) -> float:
+        part, part_y = -(-work // samples) / work, -(-n_y // of_y) / n_y
+        part_x = -(-n_x // min(threads // samples // of_y, n_x)) / n_x
+        return for_x * part * part_x + for_y * part * part_y + for_weight * part_x * part_y
+
+    choices = ((m, n) for m in range(1, min(threads, work) + 1) for n in range(1, min(threads // m, n_y) + 1))
+    samples = min(choices, key=lambda choice: (cost(*choice), -choice[0], -choice[1]))[0]
+    return min(work, threads) if threads // 2 < samples < threads else samples
+
+
+def _has_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.shape[1] < _BLOCK and prod(weight.shape[2:]) > 1
+
+
+def _unfolds(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> bool:
+    if x.dtype == torch.bfloat16:
+        return _has_few(x, weight) and y.shape[1] < _BLOCK
+    return (_has_few(x, weight) and x.shape[1] > 3) or min(x.shape[2:]) < min(weight.shape[2:])
 
 
 def _copies(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> tuple[int, int, int]:
     """Bytes of input, output and weights in blocks of channels."""
     n_in, n_out = (-(-t.shape[1] // _BLOCK) * _BLOCK for t in (x, y))
     return n_in * x[:, :1].nbytes, n_out * y[:, :1].nbytes, n_in * n_out * weight[0, 0].nbytes
-
-
-def _scratch(result: torch.Tensor) -> int:
-    """Float32 sums of one sample for each thread, of a convolution of width 1 in bfloat16."""
-    channels = -(-result.shape[1] // _BLOCK) * _BLOCK
-    return torch.get_num_threads() * 4 * channels * prod(result.shape[2:]) if result.dtype == torch.bfloat16 else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ _ATEN = torch.ops.aten
 _STAND_INS: dict[Any, Any] = {_ATEN._local_scalar_dense.default: 1, _ATEN.equal.default: True}
 _COUNTED = {_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step}  # loops run over their values
 _DEVICE = torch.ops.prim.device.default  # asked for more often than everything else together
+_BY_ELEMENTS = {_ATEN.leaky_relu_backward.default}  # which PyTorch does not tag as such
 _TOLERANCE = 0.001  # share of the peak that may be dead already; looking after each operation takes too long
 _ENGINE_REFERENCES = 6  # to a tensor in this module that the caller of an operation does not hold
 
@@ -46,8 +48,8 @@ def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor
 
     Every tensor counts from the operation that makes it to the last reference to it, as with
     :func:`memnet.accounting.live_memory.peak_live_bytes`, which measures the same on real tensors. Of what operations
-    take inside, that of convolutions on a CPU is known and counted (see :mod:`memnet.accounting.convolution_memory`); the
-    workspace of a GPU's library is not.
+    take inside, copies and scratch of convolutions on a CPU (see :mod:`memnet.accounting.convolution_memory`) and casts of
+    operations by elements are known and counted; the workspace of a GPU's library is not.
 
     Args:
         make: builds the network and its inputs, under simulation, and returns the run to account for (what it returns stays
@@ -104,17 +106,21 @@ class Ledger(TorchDispatchMode):
             with no_dispatch():
                 outputs.constant = func(*args, **{**kwargs, "device": "cpu"})
         self.flops += flops_of(func, args, kwargs, outputs)
-        inside = bytes_inside(func, args, outputs)
+        inside = bytes_inside(func, args, outputs) or _bytes_of_casts(func, args)
         made = self._made(outputs, args, kwargs)
         self._unsettled += inside + sum(storage.nbytes() for storage in made)
         if self._unsettled > _TOLERANCE * self._most:
             self._settle()
-        for storage in made:
+        # what a convolution takes inside is gone when it makes the gradient of the weights
+        n_before = args[-1][0] if func is _ATEN.convolution_backward.default else len(made)
+        for storage in made[:n_before]:
             self._book(storage)
         if inside:
             place = len(self._bookings)
             self._bookings += [(place, inside), (place, -inside)]
             self._most = max(self._most, self._live + inside)
+        for storage in made[n_before:]:
+            self._book(storage)
         return outputs
 
     def peak(self, parameters: Iterable[torch.Tensor]) -> int:
@@ -168,6 +174,17 @@ class Ledger(TorchDispatchMode):
             key = _key(first.untyped_storage())
             if key in self._alive:
                 self._cancel(key)
+
+
+def _bytes_of_casts(function: Any, arguments: Any) -> int:
+    """Bytes of the copies in which a CPU's operation by elements brings its inputs to one type."""
+    if torch.Tag.pointwise not in function.tags and function not in _BY_ELEMENTS:
+        return 0
+    inputs = [x for x in arguments if isinstance(x, torch.Tensor) and x.dim() and x.is_floating_point()]
+    if len({x.dtype for x in inputs}) < 2 or inputs[0].device.type != "cpu":
+        return 0
+    dtype = reduce(torch.promote_types, (x.dtype for x in inputs))
+    return sum(x.numel() * dtype.itemsize for x in inputs if x.dtype != dtype)
 
 
 def _key(storage: torch.UntypedStorage) -> int:

@@ -1,5 +1,7 @@
 """What a simulation counts: tiles, and what convolutions take inside, beside real runs."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from checks import couplings
@@ -26,24 +28,50 @@ def test_couplings_in_tiles_are_foretold(batch, side, memory):
     assert dry_run(make).peak == pytest.approx(peak_live_bytes(*make()), rel=0.05)
 
 
+@pytest.fixture
+def use_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+SIZES = [(1, 4, 8, 3), (2, 8, 8, 3), (2, 1, 16, 3), (2, 24, 24, 3), (1, 16, 32, 3), (2, 64, 128, 3)]
+SIZES += [(2, 8, 3, 1), (2, 24, 48, 1), (1, 32, 3, 1)]
+STRIDED = [(2, 16, 32, 3, 2, False), (2, 32, 16, 3, 2, True), (2, 32, 16, 2, 2, True)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("batch", "n_in", "n_out", "width"),
-    [(1, 4, 8, 3), (2, 8, 8, 3), (2, 24, 24, 3), (1, 16, 32, 3), (2, 8, 3, 1), (2, 24, 48, 1), (1, 32, 3, 1)],
+    ("threads", "batch", "n_in", "n_out", "width", "stride", "transposed"),
+    [
+        *[(threads, *sizes, 1, False) for threads in (1, 4) for sizes in SIZES],
+        *[(threads, *case) for threads in (1, 2) for case in STRIDED],
+    ],
 )
-def test_what_a_convolution_takes_inside(dtype, batch, n_in, n_out, width):
-    x = torch.randn(batch, n_in, 24, 24, 24).to(dtype)
-    weight = torch.randn(n_out, n_in, width, width, width).to(dtype)
-    more = None, [1] * 3, [width // 2] * 3, [1] * 3, False, [0] * 3, 1
+def test_what_a_convolution_takes_inside(use_threads, dtype, threads, batch, n_in, n_out, width, stride, transposed):
+    use_threads(threads)
+    side = 8 if n_in == 64 else 24 // stride if transposed else 24
+    x = torch.randn(batch, n_in, side, side, side).to(dtype)
+    weight = torch.randn(*((n_in, n_out) if transposed else (n_out, n_in)), width, width, width).to(dtype)
+    extra = [stride - 1 if transposed and width == 3 else 0] * 3
+    more = None, [stride] * 3, [(width - 1) // 2] * 3, [1] * 3, transposed, extra, 1
     forward = x, weight, *more
     y = ATEN.convolution(*forward)
     backward = y, *forward[:2], *more, [True, True, False]
-    for function, arguments, results in (
-        (ATEN.convolution.default, forward, y.nbytes),
-        (ATEN.convolution_backward.default, backward, x.nbytes + weight.nbytes),
+    for function, arguments, result, late in (
+        (ATEN.convolution.default, forward, y.nbytes, 0),
+        (ATEN.convolution_backward.default, backward, x.nbytes, weight.nbytes),
     ):
         peak = peak_live_bytes(lambda function=function, arguments=arguments: function(*arguments))
-        assert results + bytes_inside(function, arguments, y) == pytest.approx(peak, rel=0.05), function
+        assert result + max(bytes_inside(function, arguments, y), late) == pytest.approx(peak, rel=0.05), function
+
+
+def test_inputs_of_two_types_are_cast():
+    def make():
+        x, y = torch.ones(100_000), torch.ones(100_000, dtype=torch.bfloat16)
+        return (lambda: (x * y, ATEN.leaky_relu_backward(x, y, 0.01, True), x.add_(y))[0]), []
+
+    assert dry_run(make).peak == pytest.approx(peak_live_bytes(*make()), rel=0.01)
 
 
 def test_the_dead_are_buried_before_they_count():
