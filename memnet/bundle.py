@@ -29,7 +29,7 @@ from memnet.workflow.settings import (
     read_words,
 )
 
-__all__ = ["bundle_root", "end", "input_error", "one_line_errors", "start"]
+__all__ = ["bundle_root", "end", "input_error", "start"]
 
 _PACKAGE = str(Path(__file__).parent)
 # what a system says of its disks and folders, of which no program is to blame
@@ -51,7 +51,7 @@ def start() -> str:
             bundle without running it.
     """
     if _is_command():
-        one_line_errors()
+        _one_line_errors()
         keep_freed_memory()
     workflow = _calling_workflow()
     if workflow is not None:
@@ -129,7 +129,7 @@ def input_error(error: BaseException | None) -> ValueError | None:
     return None
 
 
-def one_line_errors() -> None:
+def _one_line_errors() -> None:
     """Make this process end a user's error in one line and exit code 1, without a traceback.
 
     Hosts such as MONAI Label do not call it: the ``ValueError`` reaches them.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["NotWrittenError", "remove_partial_files", "whole_file"]
+__all__ = ["NotWrittenError", "remove_partial_files", "whole_file", "write_table"]
 
 _PREFIX = ".partial-"
 
@@ -57,6 +59,18 @@ def remove_partial_files(target: str | Path) -> None:
     for file in target.parent.glob(f"{_PREFIX}*"):
         if file.name.endswith(ending) and len(file.name) == len(_PREFIX) + 8 + len(ending):
             file.unlink(missing_ok=True)
+
+
+def write_table(target: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV file of rows with the same keys, its header.
+
+    Raises:
+        NotWrittenError: see :func:`whole_file`.
+    """
+    with whole_file(target) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _reason(error: BaseException | None) -> str | None:

@@ -31,15 +31,8 @@ _STUDY = [
     "StudyDescription", "StudyID", "TimezoneOffsetFromUTC",
 ]  # fmt: skip
 _EMPTY = [
-    "PatientID",
-    "PatientName",
-    "PatientBirthDate",
-    "PatientSex",
-    "AccessionNumber",
-    "StudyID",
-    "StudyDate",
-    "StudyTime",
-]
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
+]  # fmt: skip
 _BRAIN = ("12738006", "SCT", "Brain")
 
 

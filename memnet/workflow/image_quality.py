@@ -21,16 +21,14 @@ class NRMSEMetric(RegressionMetric):
 class SliceSSIMMetric(SSIMMetric):
     """Structural similarity of the planes along the first dimension, averaged, as the field reports it.
 
-    Args:
-        data_range: range of the values.
-        win_size: side of the uniform window, voxels.
+    Of values from 0 to 1, in uniform windows of 7 x 7 voxels.
 
     References:
         fastMRI: an open dataset and benchmarks for accelerated MRI (Zbontar et al., 2018), https://arxiv.org/abs/1811.08839
     """
 
-    def __init__(self, data_range: float = 1.0, win_size: int = 7) -> None:
-        super().__init__(spatial_dims=2, data_range=data_range, kernel_type="uniform", win_size=win_size)
+    def __init__(self) -> None:
+        super().__init__(spatial_dims=2, data_range=1.0, kernel_type="uniform", win_size=7)
 
     def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Compare real ``(B, C, D, H, W)``; ``(B, 1)``."""

@@ -17,7 +17,7 @@ from memnet.diffusion.tensors import fractional_anisotropy
 from memnet.workflow.legends import LEGENDS
 from memnet.workflow.metrics import label_volumes
 from memnet.workflow.overlay import overlay_figure, write_png
-from memnet.workflow.reporting import first_filled
+from memnet.workflow.reporting import class_map, first_filled
 
 __all__ = ["ComparisonPanel", "ImagePanel", "LabelPanel", "ReportedCase", "TensorPanel"]
 
@@ -153,9 +153,8 @@ class ComparisonPanel:
         middle = values.select(self.axis, values.shape[self.axis] // 2)
         if self.tensors:
             plane = fractional_anisotropy(np.moveaxis(middle[:6].numpy(), 0, -1)) / 0.8
-        elif len(middle) > 1 and bool(((middle == 0) | (middle == 1)).all()):
-            is_one_hot = bool((middle.sum(0) == 1).all())
-            plane = (middle.argmax(0) if is_one_hot else middle.sum(0)).numpy().astype(np.uint8)
+        elif (classes := class_map(middle)[0]) is not None:
+            plane = classes.numpy().astype(np.uint8)
         else:
             plane = first_filled(middle).numpy()
             plane = plane / (np.percentile(plane, 99.5) or 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 
-from memnet.whole_files import whole_file
+from memnet.whole_files import write_table
 from memnet.workflow.legends import LEGENDS
 from memnet.workflow.metrics import label_volumes
 from memnet.workflow.overlay import draw_overlay
 
-__all__ = ["ImageReport", "LabelReport", "TrainingProgress", "first_filled", "image_meta", "middle_planes"]
+__all__ = ["ImageReport", "LabelReport", "TrainingProgress", "class_map", "first_filled", "image_meta", "middle_planes"]
 
 logger = logging.getLogger("memnet")
 
@@ -69,10 +68,7 @@ class LabelReport:
         if not self.rows:
             return
         target = self.output_dir / f"{self.legend.name}_volumes.csv"
-        with whole_file(target) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_table(target, self.rows)
         logger.info("volumes of all scans: %s", target)
 
 
@@ -120,6 +116,18 @@ class TrainingProgress(ProgressBar):
             self._close(engine)
 
 
+def class_map(channels: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """Tell the class at each place of one-hot ``(C, ...)`` masks, or how many of nested regions are there.
+
+    Returns:
+        The classes and the largest there could be; None and 0 for an image or a single mask.
+    """
+    if len(channels) < 2 or not bool(((channels == 0) | (channels == 1)).all()):
+        return None, 0
+    is_one_hot = bool((channels.sum(0) == 1).all())
+    return (channels.argmax(0), len(channels) - 1) if is_one_hot else (channels.sum(0), len(channels))
+
+
 def first_filled(channels: torch.Tensor) -> torch.Tensor:
     """Return the first of ``(C, ...)`` channels that is not all zero, the first of all where none is."""
     return next((channel for channel in channels if bool((channel != 0).any())), channels[0])
@@ -151,12 +159,8 @@ def middle_planes(*keys: str) -> Callable[[Sequence[dict[str, Any]]], Any]:
     def plane(volume: torch.Tensor) -> torch.Tensor:
         volume = torch.as_tensor(volume).detach().float()
         middle = volume[..., volume.shape[-1] // 2]
-        n_channels = middle.shape[0]
-        if n_channels > 1 and bool(((middle == 0) | (middle == 1)).all()):
-            is_one_hot = bool((middle.sum(0) == 1).all())
-            shown = middle.argmax(0) / (n_channels - 1) if is_one_hot else middle.sum(0) / n_channels
-        else:
-            shown = first_filled(middle)
+        classes, largest = class_map(middle)
+        shown = first_filled(middle) if classes is None else classes / largest
         # x to the right, anterior up
         return shown.T.flip(0)[None].cpu()
 

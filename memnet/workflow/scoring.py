@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from memnet.datasets import existing_folder
 from memnet.transforms.labels import CSF, TISSUES
+from memnet.whole_files import whole_file, write_table
 
 __all__ = [
     "add_parser",
@@ -43,9 +44,7 @@ def find_scored_cases(dataset_dir: str | Path, subjects: Sequence[str] = ()) -> 
     Raises:
         ValueError: if the folder, a subject or one of its files is missing.
     """
-    folder = Path(dataset_dir)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; expected one of <subject>_SS.nii.gz with labels and masks")
+    folder = existing_folder(dataset_dir, "one of <subject>_SS.nii.gz with labels and masks")
     names = list(subjects) or sorted(f.name.removesuffix("_SS.nii.gz") for f in folder.glob("*_SS.nii.gz"))
     if not names:
         raise ValueError(f"{folder}: holds no <subject>_SS.nii.gz")
@@ -104,13 +103,12 @@ def score_tissue(
         algorithm (Zhang et al., 2001), https://doi.org/10.1109/42.906424
     """
     cases = find_scored_cases(dataset_dir, subjects)
-    methods: dict[str, Callable[[dict[str, Case]], Iterator[np.ndarray]]]
-    methods = {Path(bundle).resolve().name: lambda found: _segment_with_bundle(found, bundle, overrides)}
+    images = ({"image": str(case["image"])} for case in cases.values())
+    methods = {Path(bundle).resolve().name: segment_with_bundle(images, bundle, **overrides)}
     if hmrf:
-        methods["DIPY HMRF"] = _segment_with_hmrf
-    started = {method: segment(cases) for method, segment in methods.items()}
+        methods["DIPY HMRF"] = _segment_with_hmrf(cases)
     rows = []
-    for method, predictions in started.items():
+    for method, predictions in methods.items():
         for (subject, case), prediction in zip(cases.items(), predictions, strict=True):
             mask, label = read_labels(case["mask"]) > 0, read_labels(case["label"])
             if prediction.shape != label.shape:
@@ -191,15 +189,9 @@ def write_scores(rows: Sequence[Mapping[str, Any]], lines: Sequence[str], output
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "scores.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "scores.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _segment_with_bundle(cases: dict[str, Case], bundle: str | Path, overrides: dict[str, Any]) -> Iterator[np.ndarray]:
-    return segment_with_bundle(({"image": str(case["image"])} for case in cases.values()), bundle, **overrides)
+    write_table(folder / "scores.csv", rows)
+    with whole_file(folder / "scores.md") as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _segment_with_hmrf(cases: dict[str, Case]) -> Iterator[np.ndarray]:

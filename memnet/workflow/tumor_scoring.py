@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from memnet.datasets import existing_folder
 from memnet.datasets.brats import find_brats
 from memnet.transforms.labels import ENHANCING, LABEL_MAPS, NECROTIC, OEDEMA
 from memnet.workflow.metrics import BoundedHausdorff
@@ -43,9 +44,7 @@ def find_scored_tumors(dataset_dir: str | Path, subjects: Sequence[str] = ()) ->
     Raises:
         ValueError: if the folder, a case or one of its files is missing.
     """
-    folder = Path(dataset_dir)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; expected one of BraTS cases")
+    folder = existing_folder(dataset_dir, "one of BraTS cases")
     labels = sorted(file for depth in ("*", "*/*", "*/*/*") for file in folder.glob(f"{depth}/{_TWO_LABEL}"))
     cases: dict[str, Case] = {}
     if labels:
@@ -129,15 +128,8 @@ def score_tumor(
             raise ValueError(f"{name}: the prediction has shape {prediction.shape}, the reference {label.shape}")
         scores = region_scores(_classes(prediction, "brats", name), _classes(label, case["label_map"], case["label"]))
         for region, (overlap, distance) in scores.items():
-            rows.append(
-                {
-                    "case": name,
-                    "seen": name in seen,
-                    "region": region,
-                    "dice": round(overlap, 4),
-                    "hd95": round(distance, 2),
-                }
-            )
+            row = {"case": name, "seen": name in seen, "region": region}
+            rows.append({**row, "dice": round(overlap, 4), "hd95": round(distance, 2)})
         print(f"{name}: " + ", ".join(f"{r} {d:.3f} ({h:.1f} mm)" for r, (d, h) in scores.items()), flush=True)
     write_scores(rows, _table(rows), output_dir)
     return rows

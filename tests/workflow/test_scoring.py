@@ -33,7 +33,7 @@ def test_dice_of_equal_half_and_absent_labels():
 def test_table_scores_unlabelled_voxels_of_the_mask_as_fluid(folder, tmp_path, monkeypatch):
     prediction = np.zeros((4, 4, 4), np.uint8)
     prediction[0], prediction[1], prediction[2:] = 1, 2, 3
-    monkeypatch.setattr(scoring, "_segment_with_bundle", lambda cases, *_: (prediction for _ in cases))
+    monkeypatch.setattr(scoring, "segment_with_bundle", lambda inputs, _: (prediction for _ in inputs))
     score_tissue(folder, "bundles/some_bundle", tmp_path / "out", hmrf=False)
     with open(tmp_path / "out" / "scores.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -56,6 +56,6 @@ def test_missing_files_are_named(folder):
 
 
 def test_a_prediction_on_another_grid_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "_segment_with_bundle", lambda cases, *_: (np.zeros((2, 2, 2)) for _ in cases))
+    monkeypatch.setattr(scoring, "segment_with_bundle", lambda inputs, _: (np.zeros((2, 2, 2)) for _ in inputs))
     with pytest.raises(ValueError, match=r"\(2, 2, 2\)"):
         score_tissue(folder, "some_bundle", tmp_path / "out", hmrf=False)
