@@ -23,8 +23,9 @@ def bytes_inside(function: Any, arguments: Any, outputs: Any) -> int:
     What PyTorch chooses is as in ``use_mkldnn`` of its Convolution.cpp; what the kernels then take was measured with
     :func:`memnet.accounting.live_memory.peak_live_bytes` over channels, widths, strides, batch sizes and numbers of threads.
     The number of threads is that of ``torch.get_num_threads()`` now: on several, PyTorch leaves to oneDNN what it does itself
-    on one, and oneDNN gives each its own scratch. Known to be off are bfloat16 gradients of strided weights on more than two
-    threads, and of weights of width 1 over a few thousand voxels or less.
+    on one, and oneDNN gives each its own scratch. Known to be off in bfloat16
+    are strided convolutions on more than two threads or from or to few channels, unfolded planes on more than two threads, and
+    gradients of weights of width 1 over a few thousand voxels or less.
 
     Args:
         function: the overload, such as ``torch.ops.aten.convolution.default``.

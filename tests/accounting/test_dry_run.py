@@ -40,12 +40,15 @@ SIZES += [(2, 8, 3, 1), (2, 24, 48, 1), (1, 32, 3, 1)]
 STRIDED = [(2, 16, 32, 3, 2, False), (2, 32, 16, 3, 2, True), (2, 32, 16, 2, 2, True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+CASES = [(threads, *sizes, 1, False) for threads in (1, 4) for sizes in SIZES]
+CASES += [(2, 1, 12, 8, 3, 1, False), *[(threads, *case) for threads in (1, 2) for case in STRIDED]]
+
+
 @pytest.mark.parametrize(
-    ("threads", "batch", "n_in", "n_out", "width", "stride", "transposed"),
+    ("dtype", "threads", "batch", "n_in", "n_out", "width", "stride", "transposed"),
     [
-        *[(threads, *sizes, 1, False) for threads in (1, 4) for sizes in SIZES],
-        *[(threads, *case) for threads in (1, 2) for case in STRIDED],
+        *[(dtype, *case) for dtype in (torch.float32, torch.bfloat16) for case in CASES],
+        (torch.float32, 2, 2, 32, 3, 3, 2, True),
     ],
 )
 def test_what_a_convolution_takes_inside(use_threads, dtype, threads, batch, n_in, n_out, width, stride, transposed):
