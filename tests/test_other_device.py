@@ -1,115 +1,21 @@
-"""The networks train on a device that is not the CPU, of which there is none here: a simulated one that holds no data.
-
-Simulated tensors know their device, and an operation on tensors of two devices is refused as on a GPU.
-"""
+"""The networks train on a device that is not the CPU, a simulated one: nothing stays behind on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-import pytest
-import torch
-from torch import nn
-from torch.utils import backend_registration
-
-import memnet
-from memnet.accounting.dry_run import Ledger, simulation
-from memnet.losses import InvResLoss
-
-DEVICE = "another"
-SMALL = {"in_channels": 4, "out_channels": 3, "channels": 4, "n_levels": 2}
-IMAGE, TENSORS, SLAB = (1, 4, 16, 16, 16), (2, 6, 11, 11, 11), (1, 2, 4, 12, 12)
+from other_device import CASES
 
 
-class _Module(backend_registration._DummyBackendModule):
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[None]:
-    """Make the device known to PyTorch; autocast casts nothing there."""
-    backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
-    library = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-    library.fallback(torch.library.fallthrough_kernel)
-    yield
-    library._destroy()
-
-
-def moved(network: nn.Module) -> nn.Module:
-    """What ``network.to(device)`` does, which simulated parameters do not offer."""
-    for module in network.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(p.shape, device=DEVICE), p.requires_grad)
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device=DEVICE)
-    return network
-
-
-def images() -> list[torch.Tensor]:
-    return [torch.randn(IMAGE, device=DEVICE)]
-
-
-def tensors() -> list[torch.Tensor]:
-    return [torch.randn(TENSORS, device=DEVICE)]
-
-
-def raw_data() -> list[torch.Tensor]:
-    kspace, csm = (torch.randn(SLAB, dtype=torch.complex64, device=DEVICE) for _ in range(2))
-    return [kspace, csm, torch.ones(1, 1, 1, *SLAB[3:], dtype=torch.bool, device=DEVICE)]
-
-
-CASES: list[tuple[str, dict[str, Any], Callable[[], list[torch.Tensor]]]] = [
-    *(
-        (name, {**SMALL, **options}, images)
-        for name in ("UNet3D", "PartiallyInvResUNet", "FullyInvResUNet")
-        for options in ({"memory": "store"}, {"memory": "recursive"})
-    ),
-    *(
-        (name, {**SMALL, "memory": "invert", **options}, images)
-        for name, options in (
-            ("PartiallyInvResUNet", {}),
-            ("FullyInvResUNet", {}),
-            ("FullyInvResUNet", {"vae": True}),
-            ("FullyInvResUNet", {"tile": "auto"}),
-            ("FullyInvResUNet", {"tile": (8,)}),
-            ("FullyInvResUNet", {"memory": "auto", "memory_budget": 10**8}),
-        )
-    ),
-    ("ESPCN", {"in_channels": 6}, tensors),
-    *(
-        ("ESPCNRevNet", {"in_channels": 6, "n_blocks": 1, "memory": memory}, tensors)
-        for memory in ("checkpoint", "invert")
-    ),
-    *(
-        ("MoDL", {"n_unrolls": 2, "channels": 8, **options}, raw_data)
-        for options in (
-            {"memory": "store"},
-            {"memory": "checkpoint", "shared": False},
-            {"memory": "checkpoint", "tile": (8,)},
-            {"memory": "store", "contraction": 0.9},
-        )
-    ),
-]
-
-
-@pytest.mark.parametrize("amp", [False, True], ids=["", "autocast"])
-@pytest.mark.parametrize(("name", "options", "inputs"), CASES)
-def test_nothing_stays_behind_on_the_cpu(
-    name: str, options: dict[str, Any], inputs: Callable[[], list[torch.Tensor]], amp: bool
-) -> None:
-    with simulation(), Ledger():
-        network = moved(getattr(memnet, name)(**options))
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=amp):
-            output = network(*inputs())
-        if options.get("vae"):
-            loss = InvResLoss()(output, torch.ones(1, 1, *IMAGE[2:], device=DEVICE))
-        else:
-            loss = output.abs().mean()
-        loss.backward()
-        assert loss.device.type == DEVICE
-        missing = [key for key, p in network.named_parameters() if p.grad is None or p.grad.device.type != DEVICE]
-        assert not missing
+def test_nothing_stays_behind_on_the_cpu() -> None:
+    script = Path(__file__).parent / "other_device.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 2 * len(CASES)
+    assert not {case: error for case, error in found.items() if error}
