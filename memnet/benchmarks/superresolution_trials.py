@@ -11,9 +11,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from memnet.benchmarks.records import Record, read_record, write_whole
+from memnet.chain import Memory
 
 __all__ = ["error_table", "run_trial"]
 
@@ -154,12 +155,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--patches_per_epoch", type=int, default=1200)
     parser.add_argument("--amp", action="store_true", help="train and refine in bfloat16")
+    parser.add_argument("--memory", choices=get_args(Memory), default="invert", help="strategy of the training")
     parser.set_defaults(function=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     a, output_dir = arguments, Path(arguments.output_dir)
-    common = {key: getattr(a, key) for key in ("n_validation", "n_test", "epochs", "patches_per_epoch", "amp")}
+    common = {key: getattr(a, key) for key in ("n_validation", "n_test", "epochs", "patches_per_epoch", "amp", "memory")}
     for seed in a.seeds:
         for n_training in a.n_training or [None]:
             for n_blocks in a.n_blocks:
