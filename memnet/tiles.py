@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from memnet.normalization import NormLeakyReLU, activate
+from memnet.normalization import NormLeakyReLU, activate, slabs, wide
 from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
 
 __all__ = ["Tile", "TiledCall", "require_tileable", "run_in_tiles"]
@@ -210,8 +210,8 @@ class _Normalization:
             raise ValueError(f"instance norm needs more than one voxel, got an input of shape {tuple(x.shape)}")
         mean = self._over_groups(x.mean(_spatial(x)))
         variance = torch.zeros_like(mean)
-        for part in _parts(x):
-            variance += (part - _wide(mean, x)).square_().sum(_spatial(x))
+        for part in slabs(x):
+            variance += (part - wide(mean, x)).square_().sum(_spatial(x))
         self.mean, self.variance = mean, self._over_groups(variance / math.prod(x.shape[2:]))
         ones = torch.ones_like(mean[0])
         weight, bias = (ones, 0 * ones) if norm.weight is None else (p.detach() for p in self._parameters)
@@ -235,10 +235,10 @@ class _Normalization:
             return
         scale = (self.variance + self.eps).rsqrt()
         weight, n = self.affine[0].view_as(self.mean), math.prod(x.shape[2:])
-        offset = _wide(scale * self._over_groups(weight * across / n), x)
-        slope = _wide(scale.square() * self._over_groups(weight * along / n), x)
-        for part, gradient in zip(_parts(x), _parts(x_gradient), strict=True):
-            gradient.sub_((part - _wide(self.mean, x)).mul_(slope).add_(offset))
+        offset = wide(scale * self._over_groups(weight * across / n), x)
+        slope = wide(scale.square() * self._over_groups(weight * along / n), x)
+        for part, gradient in zip(slabs(x), slabs(x_gradient), strict=True):
+            gradient.sub_((part - wide(self.mean, x)).mul_(slope).add_(offset))
 
     def _over_groups(self, values: torch.Tensor) -> torch.Tensor:
         """Give each channel ``(B, C)`` the mean of its group."""
@@ -379,12 +379,3 @@ def _crop(part: torch.Tensor, place: Slices) -> Slices:
 
 def _spatial(x: torch.Tensor) -> list[int]:
     return list(range(2, x.dim()))
-
-
-def _wide(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return values.view(*values.shape, *[1] * (x.dim() - 2))
-
-
-def _parts(x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Cut the first spatial dimension, where parts are in one piece, into eight, so that temporaries are small."""
-    return x.split(max(1, x.shape[2] // 8), 2)
