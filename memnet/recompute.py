@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._prims_common import suggest_memory_format
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["Replay", "SideEffects", "replay_with_grad"]
@@ -17,10 +18,11 @@ PullBack = Callable[[Sequence[torch.Tensor | None]], tuple[list[torch.Tensor | N
 class Replay:
     """One call of a module, remembered well enough to be repeated bit for bit.
 
-    The first call notes the parameters, the autocast state, which modules are in training mode and the buffers of these
-    (batch statistics, power iterations), and the state of the random generators if the call drew from them. A
-    repetition runs under all of these, leaves the module's buffers and the global random state untouched, and uses
-    aliases of the parameters, so that hooks registered on parameters see one gradient a step and not two.
+    The first call notes the parameters, the autocast state, the inputs' memory format, which modules are in training mode
+    and the buffers of these (batch statistics, power iterations), and the state of the random generators if the call drew
+    from them. A repetition runs under all of these, leaves the module's buffers and the global random state untouched, and
+    uses aliases of the parameters, so that hooks registered on parameters see one gradient a step and not two. In neither
+    does cuDNN measure which of its algorithms is the fastest (``torch.backends.cudnn.benchmark``).
 
     Args:
         module: the module to call.
@@ -31,6 +33,7 @@ class Replay:
         self._parameters: dict[str, tuple[nn.Parameter, int]] = {}
         self._modes: list[tuple[nn.Module, bool]] = []
         self._autocast: list[tuple[str, bool, torch.dtype]] = []
+        self._formats: list[torch.memory_format] = []
         self._buffers: dict[str, torch.Tensor] = {}
         self._statistics: list[str] = []
         self._random: tuple[torch.Tensor, dict[int, torch.Tensor]] | None = None
@@ -39,13 +42,14 @@ class Replay:
         """Call the module, remembering what a repetition needs."""
         types = sorted({"cpu"} | {x.device.type for x in inputs})
         self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
+        self._formats = [suggest_memory_format(x) for x in inputs]
         # Noted now, not looked up later: inside the repetition of a surrounding chain these are that chain's aliases.
         self._parameters = {name: (p, p._version) for name, p in _named_parameters(self.module)}
         self._modes = [(child, child.training) for child in self.module.modules()]
         self._buffers = _training_buffers(self.module, statistics=False)
         self._statistics = [name for name in _training_buffers(self.module) if name not in self._buffers]
         before = _random_state(inputs)
-        with _without_autocast_cache():
+        with _without_autocast_cache(), _unmeasured_convolutions():
             outputs = _as_tuple(self.module(*inputs))
         after = _random_state(inputs)
         drew = not torch.equal(before[0], after[0]) or any(
@@ -60,7 +64,7 @@ class Replay:
         """Repeat the call.
 
         Args:
-            inputs: the inputs of the first call, bit for bit.
+            inputs: the inputs of the first call, bit for bit, in whatever memory format.
             aliases: tensors to use in place of the parameters; the missing ones are made and added.
 
         Raises:
@@ -79,8 +83,14 @@ class Replay:
             substitutes[name] = aliases[parameter]
         substitutes |= {name: buffer.clone() for name, buffer in self._buffers.items()}
         substitutes |= {name: self.module.get_buffer(name).clone() for name in self._statistics}
+        # Other strides are another order of summation, which an inverse that came by another way may have brought along.
+        inputs = tuple(
+            x if suggest_memory_format(x) == noted else x.contiguous(memory_format=noted)
+            for x, noted in zip(inputs, self._formats, strict=True)
+        )
         with ExitStack() as stack:
             stack.enter_context(_training_modes(self._modes))
+            stack.enter_context(_unmeasured_convolutions())
             if self._random is not None:
                 cpu, cuda = self._random
                 stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
@@ -217,3 +227,19 @@ def _without_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(enabled)
+
+
+@contextmanager
+def _unmeasured_convolutions() -> Iterator[None]:
+    """Let cuDNN choose by its rules where it would measure: each thread does so by itself, and autograd's may choose another."""
+    cudnn = torch.backends.cudnn
+    if not cudnn.benchmark:
+        yield
+        return
+    deterministic = cudnn.deterministic
+    # What a thread has measured serves whatever has the same flags; nothing measured has these, unless both are set outside.
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = True, deterministic

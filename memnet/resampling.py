@@ -112,7 +112,8 @@ class OrthogonalMixing(nn.Module):
         q = self.matrix().to(x.dtype)
         if transposed:
             q = q.transpose(1, 2)
-        return (q @ x.reshape(x.shape[0], q.shape[0], q.shape[1], -1)).reshape(x.shape)
+        # contiguous, since the products' last bits depend on the strides, and an inverse must have the same
+        return (q @ x.contiguous().reshape(x.shape[0], q.shape[0], q.shape[1], -1)).reshape(x.shape)
 
 
 class _Resampling(Invertible):

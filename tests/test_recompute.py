@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from memnet import AdditiveCoupling, Chain
+from memnet.recompute import Replay, replay_with_grad
 
 every_memory = pytest.mark.parametrize("memory", MEMORIES)
 
@@ -178,6 +179,43 @@ def test_parameter_changed_before_backward_is_refused(memory):
         chain[1].f[2].weight.mul_(2)
     with pytest.raises(RuntimeError, match="changed in place between the forward and the backward pass"):
         loss.backward()
+
+
+@pytest.mark.parametrize(
+    "formats", [("channels_last_3d", "contiguous_format"), ("contiguous_format", "channels_last_3d")]
+)
+def test_repetition_sees_the_memory_format_of_the_first_call(formats):
+    class Seeing(nn.Module):
+        def forward(self, x):
+            seen.append(x.stride())
+            return 2 * x
+
+    seen: list[tuple[int, ...]] = []
+    first, again = (torch.randn(2, 3, 4, 5, 6).contiguous(memory_format=getattr(torch, name)) for name in formats)
+    replay = Replay(Seeing())
+    replay.first(first)
+    _, pull_back = replay_with_grad([replay], [again])
+    ((gradient,), _) = pull_back([torch.ones_like(again)])
+    assert seen == [first.stride()] * 2
+    assert gradient.eq(2).all()
+
+
+@every_memory
+def test_neither_run_measures_convolutions(memory, monkeypatch):
+    """Autograd's thread would measure by itself, and may find another algorithm the fastest."""
+
+    class Seeing(nn.Module):
+        def forward(self, x):
+            seen.append((torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic))
+            return x
+
+    seen: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    step(with_branch(Seeing(), n_blocks=1), streams(), memory)
+    assert seen == [(False, True)] * 4  # two branches, twice
+    assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.deterministic
 
 
 @every_memory
