@@ -11,6 +11,7 @@ from memnet import strategies
 from memnet.budget import FitBeforehand, fit_to_budget, parse_bytes
 from memnet.grid import as_stream, check_range, magnitude, round_to_grid
 from memnet.invertible import Invertible, Recorded
+from memnet.metadata import plain_tensor
 from memnet.recompute import Gradients, accumulate
 from memnet.strategies import pack, unpack
 
@@ -158,7 +159,7 @@ class Chain(nn.ModuleList):
         if self.memory == "auto":
             fit_to_budget(self, self.memory_budget, state)
         template = next((x for x in state if isinstance(x, MetaTensor)), None)
-        plain = [x.as_tensor() if isinstance(x, MetaTensor) else x for x in state]
+        plain = [plain_tensor(x) for x in state]
         outputs = getattr(strategies, self.memory)(self, plain)
         if template is not None:
             outputs = tuple(MetaTensor(y).copy_meta_from(template) for y in outputs)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from memnet.grid import FRACTION_BITS, add_on_grid, add_on_grid_, as_stream
 from memnet.invertible import Invertible, Recorded
+from memnet.metadata import plain_tensor
 from memnet.normalization import activations_in_place
 from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
 from memnet.tiles import Slices, Tile, TiledCall, require_tileable
@@ -149,7 +150,7 @@ class AdditiveCoupling(Invertible):
 
     @torch.jit.unused
     def _plain_in_tiles(self, x1: torch.Tensor, x2: torch.Tensor) -> list[torch.Tensor]:
-        streams = [x.as_tensor() if isinstance(x, MetaTensor) else x for x in (x1, x2)]
+        streams = [plain_tensor(x) for x in (x1, x2)]
         if torch.is_grad_enabled():
             parameters = list(self.parameters())
             outputs = _InTiles.apply(self, parameters, *streams, *parameters)

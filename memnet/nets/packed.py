@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from monai.data import MetaTensor
 
+from memnet.metadata import plain_tensor
 from memnet.nets.modl import MoDL
 
 __all__ = ["PackedMoDL", "pack", "unpack"]
@@ -65,7 +65,7 @@ class PackedMoDL(MoDL):
         Raises:
             ValueError: the tensor is not complex or has an even number of channels.
         """
-        inputs = list(unpack(image.as_tensor() if isinstance(image, MetaTensor) else image))
+        inputs = list(unpack(plain_tensor(image)))
         batch = inputs[0].shape[0]
         by_slice = self.spatial_dims == 2 and inputs[0].dim() == 5
         if by_slice:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from scipy import ndimage
 from torch.nn import functional
 
+from memnet.metadata import plain_tensor
 from memnet.transforms.labels import CSF, GM
 
 __all__ = ["FillStrippedd", "KeepBraind"]
@@ -40,7 +40,7 @@ class KeepBraind(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             scores = d[key].clone()
-            values = scores.as_tensor() if isinstance(scores, MetaTensor) else scores
+            values = plain_tensor(scores)
             label = values.argmax(0)
             core = -_dilate(-(label >= GM).float(), self.radius)
             pieces, n_pieces = ndimage.label(core.cpu().numpy() > 0)
@@ -76,10 +76,10 @@ class FillStrippedd(MapTransform):
         """Return scores whose background loses in the brain of a stripped scan, and wins outside of it."""
         d = dict(data)
         image = d[self.image_key]
-        seen = ((image.as_tensor() if isinstance(image, MetaTensor) else image) > self.dark).any(0)
+        seen = (plain_tensor(image) > self.dark).any(0)
         for key in self.key_iterator(d):
             scores = d[key].clone()
-            values = scores.as_tensor() if isinstance(scores, MetaTensor) else scores
+            values = plain_tensor(scores)
             here = seen.to(values.device)
             tissue = values.argmax(0) > 0
             if int((tissue & here).sum()) >= self.share * max(int(here.sum()), 1):

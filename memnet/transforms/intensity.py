@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
+
+from memnet.metadata import plain_tensor
 
 __all__ = ["ScaleBraind", "scale_brain", "zero_background"]
 
@@ -28,7 +29,7 @@ def zero_background(volume: torch.Tensor, share: float = 0.02) -> torch.Tensor:
     Returns:
         The volume, least value 0; metadata stay.
     """
-    values = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
+    values = plain_tensor(volume)
     faces = torch.cat([values.select(axis, i).flatten() for axis in (-1, -2, -3) for i in (0, -1)])
     found, counts = faces.unique(return_counts=True)
     background = values == found[counts.argmax()]
@@ -80,7 +81,7 @@ class ScaleBraind(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             image = d[key].clone()
-            channels = image.as_tensor() if isinstance(image, MetaTensor) else image
+            channels = plain_tensor(image)
             for channel in channels:
                 channel.copy_(scale_brain(channel, median=self.median, lower=self.lower))
             d[key] = image

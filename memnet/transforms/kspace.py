@@ -16,6 +16,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandomizableTransform, Transform
 
 from memnet.datasets.raw_data import read_raw_data
+from memnet.metadata import plain_tensor, with_meta_of
 from memnet.mri.coils import calibration_region, compress_coils, espirit_maps
 from memnet.mri.fourier import kspace_to_image
 from memnet.mri.operators import SenseOperator
@@ -353,20 +354,10 @@ def fit_field_of_view(magnitude: np.ndarray, affine: np.ndarray, margin: int) ->
     return np.ascontiguousarray(magnitude[tuple(part)]), placed
 
 
-def plain_tensor(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor without metadata."""
-    return x.as_tensor() if isinstance(x, MetaTensor) else x
-
-
 def _bright(magnitude: torch.Tensor) -> float:
     """Return the 99th percentile."""
     values = magnitude.flatten()
     return float(values.kthvalue(max(1, round(0.99 * values.numel()))).values)
-
-
-def with_meta_of(x: torch.Tensor, source: MetaTensor) -> MetaTensor:
-    """Return a tensor with the affine and the metadata of another."""
-    return MetaTensor(x, source.affine.cpu(), meta={k: v for k, v in source.meta.items() if k != "affine"})
 
 
 def _fitting(d: Data, mask: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,10 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Transform
 
+from memnet.metadata import plain_tensor, with_meta_of
 from memnet.mri.operators import SenseOperator
 from memnet.nets.packed import unpack
-from memnet.transforms.kspace import Data, plain_tensor, with_meta_of
+from memnet.transforms.kspace import Data
 
 __all__ = ["CompareMagnitudesd", "ToVolumed", "ZeroFilledd"]
 

@@ -27,6 +27,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from memnet.dicom import holds_dicom, read_pixels, read_stack, split_uid
+from memnet.metadata import plain_tensor
 from memnet.transforms.grids import file_grid, grid_of, require_one_grid, same_grid
 from memnet.transforms.intensity import zero_background
 from memnet.workflow.scans import tell_modality, volumes_of
@@ -273,7 +274,7 @@ class ScaleModalitiesd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             image = d[key].clone()
-            channels = image.as_tensor() if isinstance(image, MetaTensor) else image
+            channels = plain_tensor(image)
             for channel in channels:
                 # MONAI's transform warns of a division by zero where all values are the same
                 if channel.min() < channel.max():

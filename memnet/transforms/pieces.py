@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from scipy import ndimage
+
+from memnet.metadata import plain_tensor
 
 __all__ = ["KeepLargePiecesd"]
 
@@ -37,7 +38,7 @@ class KeepLargePiecesd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             labels = d[key]
-            values = labels.as_tensor() if isinstance(labels, MetaTensor) else labels
+            values = plain_tensor(labels)
             # voxels that touch at a face alone are one piece
             pieces, n_pieces = ndimage.label(values[0].cpu().numpy() > 0)
             if n_pieces > 1:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from memnet.datasets.diffusion_files import read_tensors
 from memnet.diffusion.tensors import SYMMETRIC, complete_edge, rotate_tensors, rotation_of
+from memnet.metadata import plain_tensor
 from memnet.transforms.grids import grid_of, same_grid
 from memnet.transforms.modalities import read_volume
 
@@ -194,17 +195,13 @@ class RandTensorPatchd(MapTransform, Randomizable):
                 f"{name}: {tuple(sizes.tolist())} voxels are fewer than a patch's {self.patch_size} a side"
             )
         rate, half = label.shape[1] // image.shape[1], self.patch_size // 2
-        voxels = torch.nonzero(_plain(brain)[0])
+        voxels = torch.nonzero(plain_tensor(brain)[0])
         centre = voxels[int(self.R.randint(len(voxels)))].tolist()
         inside = half - self.border
-        low = _window(_plain(image), [c - half for c in centre], self.patch_size)
-        high = _window(_plain(label), [rate * (c - inside) for c in centre], rate * (2 * inside + 1), outside=6)
+        low = _window(plain_tensor(image), [c - half for c in centre], self.patch_size)
+        high = _window(plain_tensor(label), [rate * (c - inside) for c in centre], rate * (2 * inside + 1), outside=6)
         rest = {k: v for k, v in data.items() if k not in (image_key, label_key, self.brain_key)}
         return {**rest, image_key: low, label_key: high}
-
-
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    return x.as_tensor() if isinstance(x, MetaTensor) else x
 
 
 def _window(x: torch.Tensor, start: list[int], size: int, outside: int | None = None) -> torch.Tensor:
@@ -270,6 +267,8 @@ def interpolate(image: torch.Tensor, rate: int, order: Literal[1, 3]) -> torch.T
         ``(C, r D, r H, r W)``, on the grid of :func:`memnet.diffusion.tensors.fine_affine`.
     """
     if order == 1:
-        return functional.interpolate(_plain(image)[None], scale_factor=rate, mode="trilinear", align_corners=False)[0]
-    volumes = [ndimage.zoom(v, rate, order=order, mode="nearest", grid_mode=True) for v in _plain(image).numpy()]
+        return functional.interpolate(
+            plain_tensor(image)[None], scale_factor=rate, mode="trilinear", align_corners=False
+        )[0]
+    volumes = [ndimage.zoom(v, rate, order=order, mode="nearest", grid_mode=True) for v in plain_tensor(image).numpy()]
     return torch.from_numpy(np.stack(volumes))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
 from monai.inferers import Inferer
 from tqdm import trange
 
+from memnet.metadata import plain_tensor
 from memnet.workflow.inferers import supports_bfloat16
 
 __all__ = ["SlabInferer"]
@@ -40,7 +40,7 @@ class SlabInferer(Inferer):
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return what the network makes of ``(B, C, slices, y, z)``, ``(B, C', slices, y, z)``."""
         # MetaTensors of a batch cannot be cut
-        inputs = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        inputs = plain_tensor(inputs)
         amp = supports_bfloat16(inputs.device) if self.amp is None else self.amp
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
             return self._blend(inputs, lambda slab: network(slab, *args, **kwargs))
