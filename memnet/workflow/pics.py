@@ -141,6 +141,7 @@ def bart_pics(
     if any(n % 2 for n in sides):
         raise ValueError(f"BART centres odd sides otherwise; expected even sides of k-space, got {sides}")
     taken = mask.to(kspace.dtype).expand(1, *kspace.shape[1:])
+    movie = movie or n_planes == 1  # one slice has no third dimension to encode
     if movie:
         inputs = {"kspace": _as_movie(kspace), "maps": _as_movie(csm[:, :1]), "mask": _as_movie(taken)}
     else:

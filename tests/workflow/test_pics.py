@@ -71,6 +71,15 @@ def test_each_method_beats_the_zero_filled_image(kind: str, name: str) -> None:
     assert error(found, image) < 0.75 * error(zero_filled(kspace, csm, mask), image)
 
 
+@bart
+@pytest.mark.parametrize("name", ["BART l1-wavelet", "BART TV"])
+def test_bart_reconstructs_a_single_slice(name: str) -> None:
+    method = METHODS["volume"][name]
+    kspace, csm, mask, image = (x[..., :1, :, :] for x in example())
+    found = method.solve(kspace, csm, mask, method.weight)
+    assert error(found, image) < 0.75 * error(zero_filled(kspace, csm, mask), image)
+
+
 def test_wavelets_of_a_thin_slab_see_its_planes() -> None:
     pytest.importorskip("sigpy", reason="SigPy is not installed")
     kspace, csm, mask, image = example()
