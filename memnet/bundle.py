@@ -12,6 +12,7 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from types import TracebackType
 
@@ -26,6 +27,7 @@ from memnet.workflow.settings import (
     check_output_folder,
     check_overrides,
     check_values,
+    check_weights,
     read_words,
 )
 
@@ -47,12 +49,14 @@ def start() -> str:
 
     Raises:
         ValueError: if an override names nothing in the config or is no value for what it names; see
-            :mod:`memnet.workflow.settings`. That nothing can be written is an error of a command alone: others read a
-            bundle without running it.
+            :mod:`memnet.workflow.settings`. That nothing can be written, or that weights do not fit, is an error of a
+            command alone: others read a bundle without running it.
     """
     if _is_command():
         _one_line_errors()
         keep_freed_memory()
+        # MONAI's surface distances call a function of its own as it no longer is to be called
+        warnings.filterwarnings("ignore", "monai.*always_return_as_numpy", FutureWarning)
     workflow = _calling_workflow()
     if workflow is not None:
         check_overrides(workflow)
@@ -158,7 +162,9 @@ def _is_command() -> bool:
 
 def _check_network(workflow: ConfigWorkflow) -> None:
     try:
-        build_without_memory(workflow)
+        network = build_without_memory(workflow)
+        if network is not None and _is_command():
+            check_weights(workflow, network)
     except Exception as error:  # whatever else the meta device stumbles on, the run itself is to tell
         found = input_error(error)
         if found is not None:

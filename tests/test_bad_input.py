@@ -236,8 +236,12 @@ def test_nothing_to_resume(tmp_path: Path, iseg_folder: Path) -> None:
             ["b.nii.gz", "--config_file", str(CONFIGS / "inference.json"), "--image", "a.nii.gz"],
             "'b.nii.gz' is nothing",
         ),
+        (
+            ["training", "--config_file", str(CONFIGS / "train.json"), "--dataset_dir", "a", "--pretrained", "b.pt"],
+            "b.pt: no such weights file",
+        ),
     ],
-    ids=["unknown override", "missing file", "no such network", "files of a pattern"],
+    ids=["unknown override", "missing file", "no such network", "files of a pattern", "weights before data"],
 )
 def test_command_ends_in_one_line_and_exit_code_1(arguments: list[str], told: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "monai.bundle", "run", *arguments, "--device", "cpu"]

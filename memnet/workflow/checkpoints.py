@@ -17,16 +17,24 @@ from torch import nn
 
 from memnet.whole_files import remove_partial_files, whole_file
 
-__all__ = ["TrainingCheckpoint", "WeightsLoader", "load_weights"]
+__all__ = ["TrainingCheckpoint", "WeightsLoader", "fitting_weights", "load_weights", "resumable"]
 
 logger = logging.getLogger("memnet")
 
+_LAST, _BEST = "model_last.pt", "model_best.pt"
 _LENGTHS = {"T_max", "total_steps", "t_total"}  # of schedulers, epochs or steps
 _claimed: dict[Path, int] = {}
 
 
 def load_weights(network: nn.Module, path: str | Path, key: str = "model", may_miss: Sequence[str] = ()) -> None:
-    """Load weights into a network, completely or not at all.
+    """Load weights into a network, completely or not at all; see :func:`fitting_weights`."""
+    network.load_state_dict(fitting_weights(network, path, key, may_miss))
+
+
+def fitting_weights(
+    network: nn.Module, path: str | Path, key: str = "model", may_miss: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Read weights for a network, which may be on the meta device.
 
     Args:
         network: the network; one without the variational branch takes weights that have it, a :class:`memnet.MoDL` with several
@@ -36,12 +44,15 @@ def load_weights(network: nn.Module, path: str | Path, key: str = "model", may_m
         may_miss: beginnings of the names that the file need not have and that stay as they are, as ``"vae."`` where a
             network with the variational branch goes on from weights without.
 
+    Returns:
+        A whole ``state_dict``: what the file lacks and may miss is the network's own.
+
     Raises:
         ValueError: if the file is missing, is no weights file, or does not fit the network, naming what differs.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such weights file; train the network first or give --ckpt_path FILE")
+        raise ValueError(f"{path}: no such weights file; give one that a training has written")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -65,7 +76,19 @@ def load_weights(network: nn.Module, path: str | Path, key: str = "model", may_m
             f"{path}: these weights do not fit {type(network).__name__} ({counts}; e.g. {example[0]}); "
             "give the --network_name and the network_def settings that they were trained with"
         )
-    network.load_state_dict({**wanted, **{k: v for k, v in weights.items() if k not in spare}})
+    return {**wanted, **{k: v for k, v in weights.items() if k not in spare}}
+
+
+def resumable(save_dir: str | Path) -> Path:
+    """Return the file that a training in this folder is resumed from.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    last = Path(save_dir) / _LAST
+    if not last.is_file():
+        raise ValueError(f"{last}: no training to resume; leave --resume out, or give its --output_dir")
+    return last
 
 
 class WeightsLoader:
@@ -128,7 +151,7 @@ class TrainingCheckpoint:
         resume: bool = False,
         seed: int = 0,
     ) -> None:
-        self.last, self.best = Path(save_dir) / "model_last.pt", Path(save_dir) / "model_best.pt"
+        self.last, self.best = Path(save_dir) / _LAST, Path(save_dir) / _BEST
         self.network = network
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -136,8 +159,8 @@ class TrainingCheckpoint:
         self.random_transforms = random_transforms
         self.resume = resume
         self.seed = seed
-        if resume and not self.last.is_file():
-            raise ValueError(f"{self.last}: no training to resume; leave --resume out, or give its --output_dir")
+        if resume:
+            resumable(save_dir)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, as its last handler but for those that only report."""

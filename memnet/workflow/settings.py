@@ -1,4 +1,4 @@
-"""Checks what a run is told before it reads data: names, kinds of values, the device, the network, the output folder."""
+"""Checks what a run is told before it reads data: names, kinds of values, device, network, weights, output folder."""
 
 from __future__ import annotations
 
@@ -10,19 +10,29 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
+from torch import nn
 
 from memnet.spelling import did_you_mean
+from memnet.workflow.checkpoints import TrainingCheckpoint, WeightsLoader, fitting_weights, resumable
 
-__all__ = ["build_without_memory", "check_output_folder", "check_overrides", "check_values", "read_words"]
+__all__ = [
+    "build_without_memory",
+    "check_output_folder",
+    "check_overrides",
+    "check_values",
+    "check_weights",
+    "read_words",
+]
 
 # ids that MONAI itself adds to a config
 _OF_MONAI = {"_meta_", "tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "tracking"}
 _AT_LEAST_ONE = {"batch_size", "epochs", "patches_per_map", "patches_per_volume", "sw_batch_size", "val_interval"}
+_LOADERS = {f"{handler.__module__}.{handler.__name__}" for handler in (TrainingCheckpoint, WeightsLoader)}
 # the narrowest that all configs of a bundle have for a setting is what a person may give
 _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
     ((bool,), "true or false"),
@@ -32,10 +42,10 @@ _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
 
 
 def check_overrides(workflow: ConfigWorkflow) -> None:
-    """Refuse an override whose key exists nowhere, which MONAI would take without a word.
+    """Refuse an override whose key exists nowhere or is not read, which MONAI would take without a word.
 
-    A key is known if one of the bundle's configs has it or if the config in use refers to it. The arguments of a
-    component (``network_def#channels``) are compared with its signature.
+    A key is known if one of the bundle's configs in use has it, which are those with nothing that is missing here, or if the
+    config refers to it. The arguments of a component (``network_def#channels``) are compared with its signature.
 
     Args:
         workflow: the workflow with its overrides applied.
@@ -54,11 +64,14 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
             "\"['a.nii.gz', 'b.nii.gz']\", rather than a pattern that the shell resolves"
         )
     referred = set(re.findall(r"@(\w+)", json.dumps(config, default=str)))
-    known = {key for content in shipped for key in content} | referred | _OF_MONAI
-    known |= {workflow.run_id, workflow.init_id, workflow.final_id}
+    in_use = {key for content in shipped if content.keys() <= config.keys() for key in content} | referred
+    known = in_use | _OF_MONAI | {workflow.run_id, workflow.init_id, workflow.final_id}
     for key in config:
-        if key not in known:
-            raise _unknown(key, known - _OF_MONAI)
+        if key in known:
+            continue
+        if any(key in content for content in shipped):
+            raise ValueError(f"{key!r} is a setting of another config of this bundle, and nothing that this run reads")
+        raise _unknown(key, in_use)
     for path, section in _sections(config):
         originals = _at(shipped, path)
         if not originals:
@@ -128,20 +141,47 @@ def check_output_folder(folder: str | Path) -> None:
         raise ValueError(f"{nearest}: Permission denied; outputs go where --output_dir says")
 
 
-def build_without_memory(workflow: ConfigWorkflow) -> None:
+def build_without_memory(workflow: ConfigWorkflow) -> nn.Module | None:
     """Build a run's network on the meta device, where it takes no memory, so that one that cannot be is refused at once.
 
     Args:
         workflow: the workflow with its overrides applied.
 
+    Returns:
+        The network, or ``None`` if the config has no ``network_def``.
+
     Raises:
         RuntimeError: MONAI's, around the network's own error.
     """
     config = workflow.parser.get()
-    if "network_def" in config:
-        parser = ConfigParser(json.loads(json.dumps(config, default=str)))
-        with torch.device("meta"):
-            parser.get_parsed_content("network_def")
+    if "network_def" not in config:
+        return None
+    parser = ConfigParser(json.loads(json.dumps(config, default=str)))
+    with torch.device("meta"):
+        return cast(nn.Module, parser.get_parsed_content("network_def"))
+
+
+def check_weights(workflow: ConfigWorkflow, network: nn.Module) -> None:
+    """Refuse weights to load that are not there or do not fit, before a run prepares its data for them.
+
+    Args:
+        workflow: the workflow with its overrides applied and its words read.
+        network: what :func:`build_without_memory` returns.
+
+    Raises:
+        ValueError: see :func:`memnet.workflow.checkpoints.fitting_weights`; there is no training to resume.
+    """
+    for path, handler in _handlers(workflow.parser.get()):
+        if handler.get("_target_") not in _LOADERS:
+            continue
+        given = {
+            key: workflow.parser.get_parsed_content("#".join([*path, key]))
+            for key in {"_disabled_", "load_path", "may_miss", "resume", "save_dir"} & handler.keys()
+        }
+        if "load_path" in given and not given.get("_disabled_"):
+            fitting_weights(network, given["load_path"], may_miss=given.get("may_miss", ()))
+        if given.get("resume"):
+            fitting_weights(network, resumable(given["save_dir"]))
 
 
 def _expected(key: str, value: Any, known: Sequence[Any]) -> str | None:
@@ -202,6 +242,14 @@ def _sections(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tu
         if isinstance(value, dict) and key != "_meta_":
             yield (*path, key), value
             yield from _sections(value, (*path, key))
+
+
+def _handlers(config: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    for path, section in [((), config), *_sections(config)]:
+        handlers = section.get("handlers")
+        for number, handler in enumerate(handlers if isinstance(handlers, list) else []):
+            if isinstance(handler, dict):
+                yield (*path, "handlers", str(number)), handler
 
 
 def _at(configs: Sequence[Any], path: tuple[str, ...]) -> list[dict[str, Any]]:

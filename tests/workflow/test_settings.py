@@ -1,4 +1,4 @@
-"""What a run is told is checked before it reads data: kinds of values, the device, the network, the output folder."""
+"""What a run is told is checked before it reads data: kinds of values, device, network, weights, output folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 from bundle_cases import SMALL, TISSUE, WARNINGS, run
 from conftest import BUNDLES
+from monai.bundle import ConfigWorkflow
 
 from memnet.bundle import input_error
-from memnet.workflow.settings import check_output_folder
+from memnet.workflow.settings import build_without_memory, check_output_folder, check_weights
 
 pytestmark = WARNINGS
 
@@ -69,6 +70,34 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_a_network_that_cannot_be_is_refused_before_data_are_read(bundle: Path) -> None:
     assert "memory must be one of" in refused(bundle, memory="inverted", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"pretrained": "absent.pt"}, "absent.pt: no such weights file"),
+        ({"pretrained": str(TISSUE.folder / "models" / "model.pt")}, "do not fit FullyInvResUNet"),
+        ({"resume": True}, "model_last.pt: no training to resume"),
+    ],
+    ids=["absent", "of another network", "nothing to resume"],
+)
+def test_weights_are_refused_before_data_are_read(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
+    overrides = {**SMALL, "dataset_dir": "no such folder", "output_dir": str(tmp_path)}
+    config = str(TISSUE.folder / "configs" / "train.json")
+    workflow = ConfigWorkflow(config, run_id="training", logging_file=False, **overrides, **settings)
+    network = build_without_memory(workflow)
+    assert network is not None
+    with pytest.raises(ValueError, match=re.escape(told)):
+        check_weights(workflow, network)
+
+
+@pytest.mark.parametrize(
+    ("config", "key"), [("train.json", "overlay"), ("train_synthetic.json", "pretrained"), ("inference.json", "subset")]
+)
+def test_a_setting_that_the_run_does_not_read_is_refused(config: str, key: str) -> None:
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        run(TISSUE.folder, "run", config, **{key: True})
+    assert f"{key!r} is a setting of another config" in str(input_error(raised.value))
 
 
 def test_building_the_network_ahead_draws_nothing() -> None:
