@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 
 from memnet.datasets.cases import Case, as_list, existing_folder
-from memnet.datasets.diffusion_files import count_negative, read_series, save_whole, stem_of, write_tensors
+from memnet.datasets.diffusion_files import RECORD, count_negative, read_series, save_whole, stem_of, write_tensors
 from memnet.diffusion.tensors import fit_tensors
 from memnet.whole_files import whole_file
 
@@ -33,7 +33,8 @@ def find_series(dataset_dir: str | Path) -> list[Case]:
             beside them.
 
     Returns:
-        ``{"subject": name, "data": file}`` of each, in the order of their names.
+        ``{"subject": name, "data": file}`` of each, in the order of their names; in BIDS, where a subject may have several, with
+        the ``patient`` it is of.
 
     Raises:
         ValueError: nothing is found.
@@ -44,7 +45,14 @@ def find_series(dataset_dir: str | Path) -> list[Case]:
     found = [{"subject": file.parents[2].name, "data": str(file)} for file in sorted(folder.glob(f"*/{_HCP}"))]
     if not found:
         bids = sorted({*folder.glob("sub-*/dwi/*_dwi.nii*"), *folder.glob("sub-*/ses-*/dwi/*_dwi.nii*")})
-        found = [{"subject": stem_of(file).removesuffix("_dwi"), "data": str(file)} for file in bids]
+        found = [
+            {
+                "subject": stem_of(file).removesuffix("_dwi"),
+                "data": str(file),
+                "patient": file.relative_to(folder).parts[0],
+            }
+            for file in bids
+        ]
     if not found:
         for file in sorted(folder.glob("*.nii*")):
             stem = stem_of(file)
@@ -98,7 +106,7 @@ def prepare(
             f"{what}_{at}": str(folder / f"{what}_{at}.nii.gz") for at in resolutions for what in ("tensor", "mask")
         }
         made_from = _origin(one, shells, rate)
-        record = folder / "made_from.json"
+        record = folder / RECORD
         is_there = record.is_file() and json.loads(record.read_text(encoding="utf-8")) == made_from
         if not is_there or not all(Path(file).is_file() for file in files.values()):
             fine = read_series(one["data"], one.get("mask")).select(shells)
@@ -123,10 +131,11 @@ def split_subjects(
 ) -> dict[Literal["training", "validation", "test"], list[Case]]:
     """Split subjects at random into those to train on, to validate and to test with.
 
-    The test subjects, and the validation's, stay the same whatever the number of those to train on.
+    The test subjects, and the validation's, stay the same whatever the number of those to train on. Series of one ``patient``
+    stay together, and count as one subject.
 
     Args:
-        cases: see :func:`prepare`.
+        cases: see :func:`find_series`.
         n_training: how many to train on; all that are left where None.
         n_validation: how many to choose the best epoch by.
         n_test: how many to test with.
@@ -135,17 +144,20 @@ def split_subjects(
     Raises:
         ValueError: there are not as many.
     """
+    of_patient: dict[str, list[Case]] = {}
+    for case in cases:
+        of_patient.setdefault(str(case.get("patient", case["subject"])), []).append(case)
     wanted = n_validation + n_test + (1 if n_training is None else n_training)
-    if len(cases) < wanted or n_validation < 1 or (n_training is not None and n_training < 1):
+    if len(of_patient) < wanted or n_validation < 1 or (n_training is not None and n_training < 1):
         raise ValueError(
-            f"{len(cases)} subjects are there; n_training={n_training}, n_validation={n_validation} and n_test={n_test} need "
-            f"{wanted}, at least one to train on and one to validate with"
+            f"{len(of_patient)} subjects are there; n_training={n_training}, n_validation={n_validation} and n_test={n_test} "
+            f"need {wanted}, at least one to train on and one to validate with"
         )
-    shuffled = list(cases)
+    shuffled = list(of_patient.values())
     random.Random(seed).shuffle(shuffled)
     test, validation = shuffled[:n_test], shuffled[n_test : n_test + n_validation]
-    training = shuffled[n_test + n_validation :]
-    return {"training": training[:n_training], "validation": validation, "test": test}
+    training = shuffled[n_test + n_validation :][:n_training]
+    return {"training": sum(training, []), "validation": sum(validation, []), "test": sum(test, [])}
 
 
 def find_tensor_cases(
@@ -268,15 +280,20 @@ def find_inputs(
 
 def _origin(one: Case, shells: Sequence[float] | None, rate: int | None) -> dict[str, Any]:
     data = Path(one["data"])
+    if not data.is_file():
+        raise ValueError(f"{data}: no such file")
     neighbours = sorted(file for file in data.parent.iterdir() if file.is_file() and file.stat().st_size < 2**20)
-    stamp = data.stat() if data.is_file() else None
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in neighbours)).hexdigest()
+    stamp = data.stat()
     return {
         "version": _VERSION,
         "data": str(data.absolute()),
-        "size": stamp.st_size if stamp else 0,
-        "changed": stamp.st_mtime_ns if stamp else 0,
-        "beside": digest,
+        "size": stamp.st_size,
+        "changed": stamp.st_mtime_ns,
+        "beside": _digest(neighbours),
         "shells": None if shells is None else list(shells),
         "rate": rate,
-    }
+    } | ({"mask": _digest([Path(one["mask"])])} if one.get("mask") else {})
+
+
+def _digest(files: Sequence[Path]) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()

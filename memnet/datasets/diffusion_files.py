@@ -17,6 +17,7 @@ from memnet.transforms.grids import same_grid
 from memnet.whole_files import whole_file
 
 __all__ = [
+    "RECORD",
     "count_negative",
     "read_bvals",
     "read_bvecs",
@@ -29,6 +30,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger("memnet")
+
+RECORD = "made_from.json"
+"""Lies beside tensors that :func:`memnet.datasets.diffusion.prepare` has made."""
 
 _DIFFUSIVITY_LIMIT = 0.02  # mm^2/s; free water at 37 degrees has 0.003
 
@@ -141,7 +145,8 @@ def read_tensors(
     if axes != "world":
         reverse = axes == "fsl" and np.linalg.det(affine[:3, :3]) > 0
         tensors = rotate_tensors(tensors, rotation_of(affine) @ np.diag([-1.0 if reverse else 1.0, 1, 1]))
-    count_negative(tensors, path)
+    if not (path.parent / RECORD).is_file():  # else they were counted when they were made
+        count_negative(tensors, path)
     return tensors, affine
 
 

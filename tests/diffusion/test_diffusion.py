@@ -12,7 +12,7 @@ import pytest
 from diffusion_cases import GRIDS, field, fsl_bvecs, positions, write_hcp, write_series
 
 from memnet.datasets import diffusion
-from memnet.datasets.diffusion import find_series, find_tensor_cases, prepare, split_subjects
+from memnet.datasets.diffusion import find_inputs, find_series, find_tensor_cases, prepare, split_subjects
 from memnet.datasets.diffusion_blocks import cut_blocks
 from memnet.datasets.diffusion_files import read_series, read_tensors, write_tensors
 from memnet.diffusion.tensors import (
@@ -262,6 +262,47 @@ def test_subjects_are_prepared_once_and_again_where_something_changed(tmp_path, 
     bvals.write_text(bvals.read_text().replace("1000", "990"))
     prepare(series, tmp_path / "cache", [1000], progress=False)
     assert len(fits) == 12
+
+
+def test_another_mask_prepares_a_series_again(tmp_path):
+    data = find_series(write_hcp(tmp_path / "hcp", 1, shape=(7, 6, 6)))[0]["data"]
+    image = nib.load(data)
+    sizes = []
+    for n in (5, 6):
+        mask = np.zeros(image.shape[:3], np.uint8)
+        mask[:n] = 1
+        nib.save(nib.Nifti1Image(mask, image.affine), tmp_path / "mask.nii.gz")
+        (case,) = find_inputs(dwi=data, mask=tmp_path / "mask.nii.gz", cache_dir=tmp_path / "cache")
+        sizes.append(int(np.asarray(nib.load(case["mask"]).dataobj).sum()))
+    assert sizes == [5 * 36, 6 * 36]
+
+
+def test_a_series_of_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="absent/a.nii.gz: no such file"):
+        find_inputs(dwi=tmp_path / "absent" / "a.nii.gz", cache_dir=tmp_path)
+
+
+def test_negative_eigenvalues_of_prepared_tensors_are_told_once(tmp_path, caplog, monkeypatch):
+    series = find_series(write_hcp(tmp_path / "hcp", 1, shape=(7, 6, 6)))
+    bad = as_channels(np.diag([1.2e-3, 0.3e-3, -0.6e-3]))
+    monkeypatch.setattr("memnet.datasets.diffusion.fit_tensors", lambda at, _: at.mask[..., None] * bad)
+    with caplog.at_level("WARNING", logger="memnet"):
+        for _ in range(2):
+            case = prepare(series, tmp_path / "cache", None, 2, False)[0]
+            read_tensors(case["tensor_low"])
+    assert caplog.text.count("negative eigenvalue") == 2  # of two resolutions
+
+
+def test_sessions_of_a_subject_stay_together(tmp_path):
+    for patient in range(6):
+        for session in range(2):
+            file = tmp_path / f"sub-{patient}" / f"ses-{session}" / "dwi" / f"sub-{patient}_ses-{session}_dwi.nii.gz"
+            file.parent.mkdir(parents=True)
+            file.touch()
+    sections = split_subjects(find_series(tmp_path), 2, 1, 2)
+    patients = {section: {case["subject"][:5] for case in cases} for section, cases in sections.items()}
+    assert [len(cases) for cases in sections.values()] == [4, 2, 4]
+    assert [len(some) for some in patients.values()] == [2, 1, 2] and len(set.union(*patients.values())) == 5
 
 
 def test_test_subjects_do_not_depend_on_how_many_train():
