@@ -69,8 +69,13 @@ def _command() -> str:
         parts = package.parent.parts
         # the last one: a clone is called memnet, too, and may hold the environment
         start = max((i for i, part in enumerate(parts) if part in ("monai", "memnet")), default=len(parts) - 1)
-        return shlex.join(["python", "-m", ".".join(parts[start:]), *sys.argv[1:]])
+        return " ".join(map(_quoted, ["python", "-m", ".".join(parts[start:]), *sys.argv[1:]]))
     return f"called from {package.name or 'Python'}"
+
+
+def _quoted(word: str) -> str:
+    # lists of files, "['a','b']", as people type them; shlex closes and opens its quotes at each of theirs
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def _digest(file: str | Path) -> str:

@@ -82,10 +82,10 @@ def test_says_how_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "configs" / "metadata.json").write_text(
         '{"name": "Brains", "version": "1.2.3", "intended_use": "Research."}'
     )
-    command = ["/memnet/.venv/site-packages/monai/bundle/__main__.py", "run", "--image", "a b.nii"]
+    command = ["/memnet/.venv/site-packages/monai/bundle/__main__.py", "run", "--image", "['a b.nii']", "--t1", "c d"]
     monkeypatch.setattr("sys.argv", command)
     page = Page(write(tmp_path, ["a.nii"], weights=tmp_path / "weights.pt"))
-    assert page.row("command") == ["python -m monai.bundle run --image 'a b.nii'"]
+    assert page.row("command") == ["python -m monai.bundle run --image \"['a b.nii']\" --t1 'c d'"]
     assert page.row("bundle") == [f"{tmp_path.name} 1.2.3"]
     digest = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
     assert page.row("weights") == [f"{tmp_path / 'weights.pt'}, SHA-256 {digest}"]
