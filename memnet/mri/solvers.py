@@ -34,7 +34,7 @@ def conjugate_gradient(
         right: :math:`b`, ``(B, *dims)``, complex or real.
         mu: :math:`\mu`, at least 0; a scalar tensor to learn it.
         max_iterations: limit of iterations.
-        tolerance: :math:`t`, relative to the norm of the right side; 0 runs all iterations.
+        tolerance: :math:`t`, relative to the norm of the right side; 0 runs all iterations, and never waits for a GPU.
         gradient: ``unrolled`` or ``implicit``.
 
     Returns:
@@ -65,7 +65,7 @@ def _iterate(normal: Map, right: torch.Tensor, mu: torch.Tensor, max_iterations:
     least = (tolerance**2 * power).detach()
     for _ in range(max_iterations):
         active = power > least
-        if not bool(active.any()):
+        if tolerance > 0 and not bool(active.any()):  # a look at the values, for which a GPU stands still
             break
         image = torch.addcmul(normal(direction), direction, mu.to(right.dtype))
         # Divisors of finished items are replaced, not only their quotients: a gradient through 0 / 0 is NaN even if unused.

@@ -69,6 +69,15 @@ def test_it_stops_at_the_tolerance(normal):
     assert (residual.norm(dim=1) <= 0.3 * right.norm(dim=1)).all()
 
 
+@pytest.mark.parametrize("gradient", ["unrolled", "implicit"])
+def test_without_a_tolerance_nothing_waits_for_values(gradient):
+    """On the meta device, which has none; a GPU would have to be waited for."""
+    right = torch.zeros(2, N, dtype=torch.complex64, device="meta", requires_grad=True)
+    x = conjugate_gradient(lambda v: 2 * v, right, 0.5, max_iterations=3, gradient=gradient)
+    x.abs().sum().backward()
+    assert right.grad is not None
+
+
 def test_the_unrolled_gradient_is_exact_before_convergence(normal):
     right, mu = right_side().requires_grad_(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda b, m: conjugate_gradient(normal, b, m, 3), (right, mu))
