@@ -93,6 +93,7 @@ def train_in_two_processes(bundle: Path, **overrides: Any) -> None:
         command, capture_output=True, encoding="utf-8", errors="replace", env=environment, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "deprecated" not in done.stderr, done.stderr[-3000:]
 
 
 def run(bundle: Path, run_id: str, *configs: str, **overrides: Any) -> None:
