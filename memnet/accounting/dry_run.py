@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from memnet.accounting.convolution_memory import bytes_inside
 from memnet.accounting.operations import flops_of
+from memnet.accounting.shapes import run_without_data
 
 __all__ = ["DryRun", "Ledger", "dry_run", "simulation"]
 
@@ -97,7 +97,7 @@ class Ledger(TorchDispatchMode):
         if func is _ATEN.add.Tensor:
             self._reuse_accumulated(args)
         try:
-            outputs = func(*args, **kwargs)
+            outputs, made = run_without_data(func, args, kwargs)
         except DataDependentOutputException as error:
             if func not in _STAND_INS:
                 raise RuntimeError(f"{func} needs values, and a simulation has shapes alone") from error
@@ -107,19 +107,20 @@ class Ledger(TorchDispatchMode):
                 outputs.constant = func(*args, **{**kwargs, "device": "cpu"})
         self.flops += flops_of(func, args, kwargs, outputs)
         inside = bytes_inside(func, args, outputs) or _bytes_of_casts(func, args)
-        made = self._made(outputs, args, kwargs)
-        self._unsettled += inside + sum(storage.nbytes() for storage in made)
+        storages = {_key(y.untyped_storage()): y.untyped_storage() for y in made}
+        new = [storage for key, storage in storages.items() if key not in self._alive]
+        self._unsettled += inside + sum(storage.nbytes() for storage in new)
         if self._unsettled > _TOLERANCE * self._most:
             self._settle()
         # what a convolution takes inside is gone when it makes the gradient of the weights
-        n_before = args[-1][0] if func is _ATEN.convolution_backward.default else len(made)
-        for storage in made[:n_before]:
+        n_before = args[-1][0] if func is _ATEN.convolution_backward.default else len(new)
+        for storage in new[:n_before]:
             self._book(storage)
         if inside:
             place = len(self._bookings)
             self._bookings += [(place, inside), (place, -inside)]
             self._most = max(self._most, self._live + inside)
-        for storage in made[n_before:]:
+        for storage in new[n_before:]:
             self._book(storage)
         return outputs
 
@@ -134,17 +135,6 @@ class Ledger(TorchDispatchMode):
                 live += size
                 peak = max(peak, live)
         return peak
-
-    def _made(self, outputs: Any, args: Any, kwargs: Any) -> list[torch.UntypedStorage]:
-        """Return the storages that an operation made; a view, of a parameter for one, is nothing new."""
-        storages = [x.untyped_storage() for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)]
-        unknown = {_key(storage): storage for storage in storages}
-        unknown = {key: storage for key, storage in unknown.items() if key not in self._alive}
-        if unknown:
-            for x in tree_leaves((args, kwargs)):
-                if isinstance(x, torch.Tensor):
-                    unknown.pop(_key(x.untyped_storage()), None)
-        return list(unknown.values())
 
     def _book(self, storage: torch.UntypedStorage) -> None:
         place, size = len(self._bookings), storage.nbytes()
