@@ -12,7 +12,9 @@ __all__ = ["bytes_inside"]
 _ATEN = torch.ops.aten
 _SLOW_UP_TO = 20480  # product of the first four sizes of a float32 input of batch size 1 that PyTorch unfolds by itself
 _BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # of channels that oneDNN keeps together
-_SHARED_FROM = 256  # voxels of a plane for each thread, from which all threads unfold one plane, and not each its own
+_SHARED_FROM = (
+    256  # voxels of a plane for each thread, from which all unfold one plane; below, each one of its own sample
+)
 
 
 def bytes_inside(function: Any, arguments: Any, outputs: Any) -> int:
@@ -24,8 +26,9 @@ def bytes_inside(function: Any, arguments: Any, outputs: Any) -> int:
     :func:`memnet.accounting.live_memory.peak_live_bytes` over channels, widths, strides, batch sizes and numbers of threads.
     The number of threads is that of ``torch.get_num_threads()`` now: on several, PyTorch leaves to oneDNN what it does itself
     on one, and oneDNN gives each its own scratch. Known to be off in bfloat16
-    are strided convolutions on more than two threads or from or to few channels, unfolded planes on more than two threads, and
-    gradients of weights of width 1 over a few thousand voxels or less.
+    are strided convolutions on more than two threads or from or to few channels, unfolded planes on more than two threads or of
+    less than 100 voxels, gradients of weights of width 1 over a few thousand voxels or less, and those of wider weights on more
+    than four threads, which oneDNN shares out by an estimate of its own: many channels over few voxels take less than this says.
 
     Args:
         function: the overload, such as ``torch.ops.aten.convolution.default``.
@@ -87,35 +90,21 @@ def _scratch(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stride: Any
     if _unfolds(x, y, weight):
         plane = prod(y.shape[3:])
         unfolded = x.shape[1] * prod(weight.shape[2:]) * plane * x.element_size()
-        return (threads if plane < _SHARED_FROM * threads else 1) * (unfolded + 4 * weight.nbytes)
+        each = x.shape[0] > 1 and plane < _SHARED_FROM * threads
+        return (threads if each else 1) * (unfolded + 4 * weight.nbytes)
     if x.dtype == torch.float32 or prod(weight.shape[2:]) == 1:
         return 0
     of_x, of_y, of_weight = _copies(x, weight, y)
     if _has_few(x, weight):
         of_x = of_weight = 0
-    return _sharing_samples(x, y, weight, stride) * ((of_x + of_y) // x.shape[0] + 2 * of_weight)
+    return _sharing_samples(x, y, stride) * ((of_x + of_y) // x.shape[0] + 2 * of_weight)
 
 
-def _sharing_samples(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stride: Any) -> int:
-    """Parts among which samples and slices are shared for the weights' gradient in bfloat16, the other threads sharing channels.
-
-    The cheapest by oneDNN's estimate of what a thread reads and writes, ``balance`` of its jit_avx512_core_bf16_conv_kernel.cpp.
-    """
-    threads, work = torch.get_num_threads(), y.shape[0] * y.shape[2]
-    n_x, n_y = (-(-t.shape[1] // _BLOCK) for t in (x, y))
-    of_x = x.numel() * (1 + (weight.shape[-1] - 1) / x.shape[-1])  # its rows padded
-    balance = 0.25 * (of_x + y.numel()) / weight.numel()
-    for_x = max(n_x / n_y, 1) * (4 if balance < 1 else 1) * of_x / prod(stride)
-    for_y, for_weight = max(n_y / n_x, 1) * y.numel(), max(balance, 1) * weight.numel()
-
-    def cost(samples: int, of_y: int) -> float:
-        part, part_y = -(-work // samples) / work, -(-n_y // of_y) / n_y
-        part_x = -(-n_x // min(threads // samples // of_y, n_x)) / n_x
-        return for_x * part * part_x + for_y * part * part_y + for_weight * part_x * part_y
-
-    choices = ((m, n) for m in range(1, min(threads, work) + 1) for n in range(1, min(threads // m, n_y) + 1))
-    samples = min(choices, key=lambda choice: (cost(*choice), -choice[0], -choice[1]))[0]
-    return min(work, threads) if threads // 2 < samples < threads else samples
+def _sharing_samples(x: torch.Tensor, y: torch.Tensor, stride: Any) -> int:
+    """Threads that sum over samples and slices of their own; where channels can be shared, too, half of them do that."""
+    threads = torch.get_num_threads()
+    shares_channels = max(stride) > 1 or (threads > 2 and max(x.shape[1], y.shape[1]) > _BLOCK)
+    return max(1, threads // 2) if shares_channels else threads
 
 
 def _has_few(x: torch.Tensor, weight: torch.Tensor) -> bool:

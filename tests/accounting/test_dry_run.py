@@ -36,6 +36,7 @@ def use_threads() -> Iterator[Callable[[int], None]]:
 
 
 SIZES = [(1, 4, 8, 3), (2, 8, 8, 3), (2, 1, 16, 3), (2, 24, 24, 3), (1, 16, 32, 3), (2, 64, 128, 3)]
+SIZES += [(1, 6, 8, 3), (2, 6, 8, 3)]  # planes so small that each thread unfolds one of its own, given samples for them
 SIZES += [(2, 8, 3, 1), (2, 24, 48, 1), (1, 32, 3, 1)]
 STRIDED = [(2, 16, 32, 3, 2, False), (2, 32, 16, 3, 2, True), (2, 32, 16, 2, 2, True)]
 
@@ -53,7 +54,7 @@ CASES += [(2, 1, 12, 8, 3, 1, False), *[(threads, *case) for threads in (1, 2) f
 )
 def test_what_a_convolution_takes_inside(use_threads, dtype, threads, batch, n_in, n_out, width, stride, transposed):
     use_threads(threads)
-    side = 8 if n_in == 64 else 24 // stride if transposed else 24
+    side = {6: 12, 64: 8}.get(n_in, 24 // stride if transposed else 24)
     x = torch.randn(batch, n_in, side, side, side).to(dtype)
     weight = torch.randn(*((n_in, n_out) if transposed else (n_out, n_in)), width, width, width).to(dtype)
     extra = [stride - 1 if transposed and width == 3 else 0] * 3
