@@ -63,8 +63,8 @@ class OperatorNormBound(nn.Module):
                 v = self.direction.clone().requires_grad_()
                 u = self._apply_to(v, weight)
                 (v,) = torch.autograd.grad(u, v, u.detach())
-                if v.any():
-                    self.direction.copy_(v / v.norm())
+                norm = v.norm()
+                self.direction.copy_(torch.where(norm > 0, v / norm, self.direction))
 
     def _apply_to(self, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self.convolve(F.pad(v, self.padding, self.mode), weight, dilation=self.dilation, groups=self.groups)

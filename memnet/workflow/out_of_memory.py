@@ -12,6 +12,13 @@ from memnet.accounting.planner import Plan, TrainingStep, largest_patch
 
 __all__ = ["is_out_of_memory", "what_fits"]
 
+# what a RuntimeError says of a host, of pinned memory and of CUDA's libraries
+_WORDS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 # of the device's memory; the rest is for its context, the libraries' workspaces and gaps
 _SHARE = 0.85
 # the numbers of a config that its memory grows with, and how a person makes each smaller
@@ -20,8 +27,8 @@ _SIZES = ("roi_size", "slab_size", "patch_size", "batch_size", "sw_batch_size", 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error is a device's or the machine's memory running out."""
-    of_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return of_host or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def what_fits(config: Mapping[str, Any], budget: int | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import pickle
 import re
@@ -20,8 +21,8 @@ from torch._subclasses import FakeTensor
 
 from memnet import FullyInvResUNet
 from memnet.accounting.planner import TrainingStep
-from memnet.bundle import _print_input_error, input_error
-from memnet.workflow import out_of_memory
+from memnet.bundle import _is_news, _print_input_error, input_error
+from memnet.workflow import checkpoints, out_of_memory
 from memnet.workflow.checkpoints import load_weights
 from memnet.workflow.out_of_memory import what_fits
 
@@ -34,6 +35,27 @@ def train(data: Path, output: Path, **overrides: Any) -> dict[str, Any]:
     options = {**SMALL_TRAINING, "dataset_dir": str(data), "epochs": 4, **overrides}
     run(TISSUE.folder, "training", "train.json", **options, output_dir=str(output))
     return torch.load(output / "model_last.pt", weights_only=True)
+
+
+def test_an_interrupted_training_says_how_to_go_on(
+    iseg_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = checkpoints._save
+
+    def interrupted(content: Any, target: Path) -> None:
+        save(content, target)
+        if target.name == "model_last.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "_save", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        train(iseg_folder, tmp_path)
+    capsys.readouterr()
+    error = (raised.type, raised.value, raised.tb)
+    _print_input_error(*error)
+    last = tmp_path / "model_last.pt"
+    assert capsys.readouterr().err == f"interrupted; the same command with --resume true goes on from {last}\n"
+    assert not _is_news(logging.LogRecord("ignite", logging.ERROR, __file__, 1, "Exception", None, error))
 
 
 def test_killed_training_goes_on_to_the_same_weights(iseg_folder: Path, tmp_path: Path) -> None:
@@ -155,7 +177,14 @@ def test_out_of_memory_names_a_strategy_that_fits(
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
 )
 def test_out_of_memory_elsewhere_names_what_to_make_smaller(error: Exception) -> None:
     assert "out of memory" in str(input_error(error))

@@ -63,3 +63,13 @@ def test_gradients_are_those_of_finite_differences():
 def test_what_cannot_be_bounded_is_refused(module):
     with pytest.raises(ValueError, match="cannot bound"):
         contract(module, 0.9)
+
+
+def test_a_weight_of_zeros_leaves_the_direction() -> None:
+    """It has no norm to search for; a direction that became NaN would stay so."""
+    convolution = nn.Conv3d(2, 2, 3, padding=1)
+    contract(convolution, 0.9)
+    part = convolution.parametrizations.weight[0]
+    before = part.direction.clone()
+    part.refresh(torch.zeros_like(convolution.weight))
+    assert torch.equal(part.direction, before)
