@@ -21,6 +21,7 @@ from torch import distributed
 
 from memnet.whole_files import NotWrittenError
 from memnet.workflow.allocation import keep_freed_memory
+from memnet.workflow.checkpoints import resumable
 from memnet.workflow.out_of_memory import is_out_of_memory, what_fits
 from memnet.workflow.settings import (
     build_without_memory,
@@ -172,6 +173,9 @@ def _check_network(workflow: ConfigWorkflow) -> None:
 
 
 def _print_input_error(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"interrupted{_how_to_go_on(where)}", file=sys.stderr)
+        return
     found = input_error(error)
     if found is None:
         sys.__excepthook__(kind, error, where)
@@ -187,18 +191,35 @@ def _what_fits(error: BaseException | None, where: TracebackType | None) -> str:
     """Return what would fit, if memory is what is missing in a workflow's run."""
     while error is not None and not is_out_of_memory(error):
         error = error.__cause__ or error.__context__
-    while error is not None and where is not None:
+    workflow = _workflow_in(where)
+    return "" if error is None or workflow is None else f"; {what_fits(workflow.parser.get())}"
+
+
+def _how_to_go_on(where: TracebackType | None) -> str:
+    """Return how, if what was interrupted is a training that has come to the end of an epoch."""
+    workflow = _workflow_in(where)
+    if workflow is None or "resume" not in workflow.parser:
+        return ""
+    try:
+        last = resumable(workflow.parser.get_parsed_content("output_dir"))
+    except ValueError:
+        return ""
+    return f"; the same command with --resume true goes on from {last}"
+
+
+def _workflow_in(where: TracebackType | None) -> ConfigWorkflow | None:
+    while where is not None:
         caller = where.tb_frame.f_locals.get("self")
         if isinstance(caller, ConfigWorkflow):
-            return f"; {what_fits(caller.parser.get())}"
+            return caller
         where = where.tb_next
-    return ""
+    return None
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Keep ignite and MONAI from reporting an input error before it is printed."""
+    """Keep ignite and MONAI from reporting an input error, or an interrupt, before it is printed."""
     error = record.exc_info[1] if record.exc_info else sys.exc_info()[1]
-    return record.levelno < logging.ERROR or input_error(error) is None
+    return record.levelno < logging.ERROR or not (isinstance(error, KeyboardInterrupt) or input_error(error))
 
 
 class _NewsLogger(logging.Logger):
