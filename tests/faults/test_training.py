@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 import torch
 from bundle_cases import SMALL, SMALL_TRAINING, TISSUE, WARNINGS, run
+from monai.bundle import ConfigWorkflow
 from torch._subclasses import FakeTensor
 
 from memnet import FullyInvResUNet
 from memnet.accounting.planner import TrainingStep
 from memnet.bundle import _is_news, _print_input_error, input_error
-from memnet.workflow import checkpoints, out_of_memory
+from memnet.workflow import out_of_memory
 from memnet.workflow.checkpoints import load_weights
 from memnet.workflow.out_of_memory import what_fits
 
@@ -38,24 +39,23 @@ def train(data: Path, output: Path, **overrides: Any) -> dict[str, Any]:
 
 
 def test_an_interrupted_training_says_how_to_go_on(
-    iseg_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save = checkpoints._save
+    def interrupted(self: ConfigWorkflow) -> None:
+        raise KeyboardInterrupt
 
-    def interrupted(content: Any, target: Path) -> None:
-        save(content, target)
-        if target.name == "model_last.pt":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints, "_save", interrupted)
+    monkeypatch.setattr(ConfigWorkflow, "run", interrupted)
+    workflow = ConfigWorkflow(str(CONFIG), run_id="training", logging_file=False, output_dir=str(tmp_path))
     with pytest.raises(KeyboardInterrupt) as raised:
-        train(iseg_folder, tmp_path)
-    capsys.readouterr()
+        workflow.run()
     error = (raised.type, raised.value, raised.tb)
-    _print_input_error(*error)
-    last = tmp_path / "model_last.pt"
-    assert capsys.readouterr().err == f"interrupted; the same command with --resume true goes on from {last}\n"
     assert not _is_news(logging.LogRecord("ignite", logging.ERROR, __file__, 1, "Exception", None, error))
+    capsys.readouterr()
+    _print_input_error(*error)
+    (tmp_path / "model_last.pt").touch()
+    _print_input_error(*error)
+    told = "interrupted\ninterrupted; the same command with --resume true goes on from "
+    assert capsys.readouterr().err == f"{told}{tmp_path / 'model_last.pt'}\n"
 
 
 def test_killed_training_goes_on_to_the_same_weights(iseg_folder: Path, tmp_path: Path) -> None:
