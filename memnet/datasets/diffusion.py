@@ -14,7 +14,15 @@ import nibabel as nib
 import numpy as np
 
 from memnet.datasets.cases import Case, as_list, existing_folder
-from memnet.datasets.diffusion_files import RECORD, count_negative, read_series, save_whole, stem_of, write_tensors
+from memnet.datasets.diffusion_files import (
+    RECORD,
+    count_negative,
+    files_beside,
+    read_series,
+    save_whole,
+    stem_of,
+    write_tensors,
+)
 from memnet.diffusion.tensors import fit_tensors
 from memnet.whole_files import whole_file
 
@@ -282,17 +290,17 @@ def _origin(one: Case, shells: Sequence[float] | None, rate: int | None) -> dict
     data = Path(one["data"])
     if not data.is_file():
         raise ValueError(f"{data}: no such file")
-    neighbours = sorted(file for file in data.parent.iterdir() if file.is_file() and file.stat().st_size < 2**20)
+    beside = files_beside(data) | ({"mask": Path(one["mask"])} if one.get("mask") else {})
     stamp = data.stat()
     return {
         "version": _VERSION,
         "data": str(data.absolute()),
         "size": stamp.st_size,
         "changed": stamp.st_mtime_ns,
-        "beside": _digest(neighbours),
+        "beside": _digest([file for _, file in sorted(beside.items())]),
         "shells": None if shells is None else list(shells),
         "rate": rate,
-    } | ({"mask": _digest([Path(one["mask"])])} if one.get("mask") else {})
+    }
 
 
 def _digest(files: Sequence[Path]) -> str:

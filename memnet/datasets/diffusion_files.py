@@ -19,6 +19,7 @@ from memnet.whole_files import whole_file
 __all__ = [
     "RECORD",
     "count_negative",
+    "files_beside",
     "read_bvals",
     "read_bvecs",
     "read_series",
@@ -77,19 +78,12 @@ def read_series(data: str | Path, mask: str | Path | None = None) -> DiffusionSe
     image = _open(data)
     if len(image.shape) != 4 or image.shape[3] < 2:
         raise ValueError(f"{data}: has shape {image.shape}, expected a 4D series of diffusion-weighted images")
-    stem = stem_of(data)
-    bvals = read_bvals(_beside(data, "b-values", f"{stem}.bval", f"{stem}.bvals", "bvals"))
-    bvecs = read_bvecs(_beside(data, "directions", f"{stem}.bvec", f"{stem}.bvecs", "bvecs"))
-    signals = _values(image, data)
-    if mask is None:
-        base = stem.removesuffix("_dwi")
-        names = [
-            "nodif_brain_mask.nii.gz",
-            f"{base}_desc-brain_mask.nii.gz",
-            f"{stem}_mask.nii.gz",
-            f"{base}_mask.nii.gz",
-        ]
-        mask = next((data.parent / name for name in names if (data.parent / name).is_file()), None)
+    beside = files_beside(data)
+    for what, names in _names_beside(data).items():
+        if what not in beside and what != "mask":
+            raise ValueError(f"{data}: its {what} are missing; looked beside it for {', '.join(names)}")
+    bvals, bvecs, signals = read_bvals(beside["b-values"]), read_bvecs(beside["directions"]), _values(image, data)
+    mask = beside.get("mask") if mask is None else mask
     if mask is not None:
         image_mask = _open(Path(mask))
         if len(image_mask.shape) != 3 or not same_grid(
@@ -103,6 +97,26 @@ def read_series(data: str | Path, mask: str | Path | None = None) -> DiffusionSe
     else:
         brain = _find_brain(signals[..., bvals[: signals.shape[3]].argmin()])
     return DiffusionSeries(signals, bvals, bvecs, np.asarray(image.affine, dtype=np.float64), brain, str(data))
+
+
+def files_beside(data: Path) -> dict[str, Path]:
+    """Return the ``b-values``, ``directions`` and ``mask`` of a series as far as they are there, see :func:`read_series`."""
+    found = {
+        what: next((data.parent / name for name in names if (data.parent / name).is_file()), None)
+        for what, names in _names_beside(data).items()
+    }
+    return {what: file for what, file in found.items() if file is not None}
+
+
+def _names_beside(data: Path) -> dict[str, list[str]]:
+    stem = stem_of(data)
+    base = stem.removesuffix("_dwi")
+    masks = ["nodif_brain_mask.nii.gz", f"{base}_desc-brain_mask.nii.gz", f"{stem}_mask.nii.gz", f"{base}_mask.nii.gz"]
+    return {
+        "b-values": [f"{stem}.bval", f"{stem}.bvals", "bvals"],
+        "directions": [f"{stem}.bvec", f"{stem}.bvecs", "bvecs"],
+        "mask": masks,
+    }
 
 
 def read_tensors(
@@ -212,13 +226,6 @@ def _find_brain(b0: np.ndarray) -> np.ndarray:
 
     # A background of 0 does not tell a stripped series: many scanners set air to 0 and leave the skull.
     return median_otsu(b0, median_radius=2, numpass=1)[1] & (b0 > 0)
-
-
-def _beside(data: Path, what: str, *names: str) -> Path:
-    for name in names:
-        if (data.parent / name).is_file():
-            return data.parent / name
-    raise ValueError(f"{data}: its {what} are missing; looked beside it for {', '.join(names)}")
 
 
 def _numbers(path: str | Path) -> np.ndarray:

@@ -264,6 +264,19 @@ def test_subjects_are_prepared_once_and_again_where_something_changed(tmp_path, 
     assert len(fits) == 12
 
 
+def test_a_series_more_in_the_folder_prepares_no_other_again(tmp_path, monkeypatch):
+    fits, series = [], []
+    monkeypatch.setattr("memnet.datasets.diffusion.fit_tensors", lambda at, _: (fits.append(at), fit_tensors(at))[1])
+    for n, one in enumerate(find_series(write_hcp(tmp_path / "hcp", 2, shape=(7, 6, 6)))):
+        source = Path(one["data"]).parent
+        for file, suffix in (("data.nii.gz", ".nii.gz"), ("bvals", ".bval"), ("bvecs", ".bvec")):
+            shutil.copy(source / file, tmp_path / f"{n}{suffix}")
+        shutil.copy(source / "nodif_brain_mask.nii.gz", tmp_path / f"{n}_mask.nii.gz")
+        series.append({"subject": str(n), "data": str(tmp_path / f"{n}.nii.gz")})
+        prepare(series, tmp_path / "cache", progress=False)
+        assert len(fits) == 2 * len(series)  # two resolutions
+
+
 def test_another_mask_prepares_a_series_again(tmp_path):
     data = find_series(write_hcp(tmp_path / "hcp", 1, shape=(7, 6, 6)))[0]["data"]
     image = nib.load(data)
