@@ -69,7 +69,7 @@ class _NormLeakyReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, slope: float):
         device, full = x.device.type, torch.promote_types(x.dtype, torch.float32)
-        weight, bias = weight.to(full), bias.to(full)  # as batch norm has its statistics, whatever the input's precision
+        weight, bias = weight.to(full), bias.to(full)  # as batch norm keeps its statistics
         lower = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if lower else x.dtype
         normalize = _normalize_in_slabs if _sums_are_inexact(x) else _normalize

@@ -161,7 +161,8 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     a, output_dir = arguments, Path(arguments.output_dir)
-    common = {key: getattr(a, key) for key in ("n_validation", "n_test", "epochs", "patches_per_epoch", "amp", "memory")}
+    keys = ("n_validation", "n_test", "epochs", "patches_per_epoch", "amp", "memory")
+    common = {key: getattr(a, key) for key in keys}
     for seed in a.seeds:
         for n_training in a.n_training or [None]:
             for n_blocks in a.n_blocks:
