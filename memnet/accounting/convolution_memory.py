@@ -12,9 +12,7 @@ __all__ = ["bytes_inside"]
 _ATEN = torch.ops.aten
 _SLOW_UP_TO = 20480  # product of the first four sizes of a float32 input of batch size 1 that PyTorch unfolds by itself
 _BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # of channels that oneDNN keeps together
-_SHARED_FROM = (
-    256  # voxels of a plane for each thread, from which all unfold one plane; below, each one of its own sample
-)
+_SHARED_FROM = 256  # voxels of a plane for each thread, from which all unfold one; below, each that of its own sample
 
 
 def bytes_inside(function: Any, arguments: Any, outputs: Any) -> int:
