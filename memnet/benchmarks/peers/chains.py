@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from memnet.benchmarks.measurement import Cost, measure_in_turn
 from memnet.benchmarks.peers.implementations import IMPLEMENTATIONS, norm_act_conv_branches
@@ -48,8 +47,9 @@ def measure_chains(
 ) -> list[ChainCost]:
     """Measure a training step of chains of group norm, leaky ReLU and 3^3 convolution, in one process and in turn.
 
-    The step is a forward pass, the mean squared error and a backward pass to all parameters and the input. The chain gets
-    its input as a network's stem would hand it over: nobody else holds it.
+    The step is a forward pass, the mean of the output and a backward pass to all parameters and the input: a loss that keeps
+    nothing, so that what is measured is the chain's. It gets its input as a network's stem would hand it over: nobody else
+    holds it.
 
     Args:
         depths: numbers of couplings at which memory is measured.
@@ -62,11 +62,10 @@ def measure_chains(
         batch_size: on a CPU 2 or more for a small cube, since PyTorch's own kernel would unfold a single one's channels.
     """
     x = torch.randn(batch_size, channels, size, size, size, device=device, requires_grad=True)
-    target = torch.randn_like(x)
 
     def step(network: nn.Module) -> None:
         x.grad = None
-        functional.mse_loss(network(x.clone()), target).backward()
+        network(x.clone()).mean().backward()
 
     found = []
     for depth in sorted({*depths, timed_depth}):
