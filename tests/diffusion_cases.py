@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -53,19 +54,23 @@ def write_series(
     margin: int = 1,
     noise: float = 0.0,
     seed: int = 0,
+    bvals: Sequence[float] | None = None,
 ) -> Path:
-    """Write a series, its bvals, bvecs and mask; the brain is what lies deeper than a margin."""
-    world = directions()
+    """Write a series, its bvals, bvecs and mask; the brain is what lies deeper than a margin.
+
+    It has an image of b = 0 and twelve of ``b``, or those of ``bvals``, the first of which has a direction, too.
+    """
+    world = np.concatenate([np.zeros((1, 3)) if bvals is None else [[0, 0.6, 0.8]], directions()])
+    weights = np.array([0, *[b] * 12] if bvals is None else bvals)
     tensors = field(positions(shape, affine))
-    decay = np.exp(-b * np.einsum("ni,xyzij,nj->xyzn", world, tensors, world))
-    signals = 1000 * np.concatenate([np.ones((*shape, 1)), decay], -1)
+    signals = 1000 * np.exp(-weights * np.einsum("ni,xyzij,nj->xyzn", world, tensors, world))
     signals += np.random.default_rng(seed).normal(0, noise, signals.shape) if noise else 0
     mask = np.zeros(shape, dtype=np.uint8)
     mask[tuple(slice(margin, n - margin) for n in shape)] = 1
     folder.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(signals.astype(np.float32), affine), folder / names[0])
-    np.savetxt(folder / names[1], [[0, *[b] * len(world)]], fmt="%g")
-    np.savetxt(folder / names[2], np.concatenate([np.zeros((1, 3)), fsl_bvecs(world, affine)]).T)
+    np.savetxt(folder / names[1], weights[None], fmt="%g")
+    np.savetxt(folder / names[2], fsl_bvecs(world, affine).T)
     nib.save(nib.Nifti1Image(mask, affine), folder / names[3])
     return folder / names[0]
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,27 +21,31 @@ from memnet.datasets.diffusion_files import (
     RECORD,
     count_negative,
     files_beside,
+    read_bvals,
     read_series,
     save_whole,
     stem_of,
     write_tensors,
 )
-from memnet.diffusion.tensors import fit_tensors
+from memnet.diffusion.tensors import fit_tensors, is_unweighted
 from memnet.whole_files import whole_file
 
 __all__ = ["find_inputs", "find_series", "find_tensor_cases", "prepare", "repeat", "split_subjects"]
 
-_HCP = Path("T1w", "Diffusion", "data.nii.gz")
-_VERSION = 2  # of what a prepared folder holds
+logger = logging.getLogger("memnet")
+
+_HCP = (Path("T1w", "Diffusion", "data.nii.gz"), Path("T1w", "Diffusion_7T", "data.nii.gz"))
+_VERSION = 3  # of what a prepared folder holds
 
 
 def find_series(dataset_dir: str | Path) -> list[Case]:
     """Find the diffusion series of a folder.
 
     Args:
-        dataset_dir: HCP's layout (``<subject>/T1w/Diffusion/data.nii.gz``, or one such subject), BIDS
-            (``sub-*/[ses-*/]dwi/*_dwi.nii.gz``, also below ``derivatives``), or a folder of series with their bvals and bvecs
-            beside them.
+        dataset_dir: HCP's layout (``<subject>/T1w/Diffusion/data.nii.gz``, or ``Diffusion_7T``, or one such subject), BIDS
+            (``sub-*/[ses-*/]dwi/*_dwi.nii.gz``, also below ``derivatives``), a folder of series with their bvals and bvecs
+            beside them, or one of such folders. Series of fewer than six weighted images, such as those of the reversed phase
+            encoding, and phase images are left out with a warning.
 
     Returns:
         ``{"subject": name, "data": file}`` of each, in the order of their names; in BIDS, where a subject may have several, with
@@ -48,32 +55,53 @@ def find_series(dataset_dir: str | Path) -> list[Case]:
         ValueError: nothing is found.
     """
     folder = existing_folder(dataset_dir, "diffusion series in HCP's or BIDS layout")
-    if (folder / _HCP).is_file():
-        return [{"subject": folder.resolve().name, "data": str(folder / _HCP)}]
-    found = [{"subject": file.parents[2].name, "data": str(file)} for file in sorted(folder.glob(f"*/{_HCP}"))]
+    for hcp in _HCP:
+        if (folder / hcp).is_file():
+            return [{"subject": folder.resolve().name, "data": str(folder / hcp)}]
+        if found := [{"subject": file.parents[2].name, "data": str(file)} for file in sorted(folder.glob(f"*/{hcp}"))]:
+            return found
+    bids = sorted({*folder.glob("sub-*/dwi/*_dwi.nii*"), *folder.glob("sub-*/ses-*/dwi/*_dwi.nii*")})
+    found = [
+        {"subject": stem_of(file).removesuffix("_dwi"), "data": str(file), "patient": file.relative_to(folder).parts[0]}
+        for file in bids
+    ]
     if not found:
-        bids = sorted({*folder.glob("sub-*/dwi/*_dwi.nii*"), *folder.glob("sub-*/ses-*/dwi/*_dwi.nii*")})
+        found = [{"subject": stem_of(file), "data": str(file)} for file in _with_bvals(folder.glob("*.nii*"))]
+    if not found:
+        files = _with_bvals(folder.glob("*/*.nii*"))
+        per_folder = Counter(file.parent for file in files)
         found = [
             {
-                "subject": stem_of(file).removesuffix("_dwi"),
+                "subject": file.parent.name + ("" if per_folder[file.parent] == 1 else f"_{stem_of(file)}"),
                 "data": str(file),
-                "patient": file.relative_to(folder).parts[0],
+                "patient": file.parent.name,
             }
-            for file in bids
+            for file in files
         ]
     if not found:
-        for file in sorted(folder.glob("*.nii*")):
-            stem = stem_of(file)
-            if any((folder / name).is_file() for name in (f"{stem}.bval", f"{stem}.bvals")) or (
-                stem == "data" and (folder / "bvals").is_file()
-            ):
-                found.append({"subject": stem, "data": str(file)})
-    if not found:
         raise ValueError(
-            f"{folder}: no diffusion series found (looked for */{_HCP.as_posix()}, sub-*/dwi/*_dwi.nii.gz, and *.nii.gz "
-            "with .bval and .bvec beside it)"
+            f"{folder}: no diffusion series found (looked for */{_HCP[0].as_posix()}, sub-*/dwi/*_dwi.nii.gz, and *.nii.gz "
+            "with .bval and .bvec beside it, here and in the folders here)"
         )
-    return found
+    whole = [one for one in found if _holds_tensors(Path(one["data"]))]
+    for one in (one for one in found if whole and one not in whole):
+        logger.warning("%s: left out, it has fewer than six weighted images or is one of phases", one["data"])
+    return whole or found
+
+
+def _with_bvals(files: Iterable[Path]) -> list[Path]:
+    """Return the files that have b-values beside them; the name ``bvals`` says whose only for ``data.nii.gz``."""
+    beside = {file: files_beside(file).get("b-values") for file in files}
+    return sorted(
+        f for f, bvals in beside.items() if bvals is not None and (bvals.name != "bvals" or stem_of(f) == "data")
+    )
+
+
+def _holds_tensors(data: Path) -> bool:
+    if re.search(r"_part-(phase|real|imag)_", data.name):
+        return False
+    bvals = files_beside(data).get("b-values")
+    return bvals is not None and int((~is_unweighted(read_bvals(bvals))).sum()) >= 6
 
 
 def prepare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import zlib
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,14 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from memnet.diffusion.tensors import TENSOR_ORDERS, DiffusionSeries, as_matrices, rotate_tensors, rotation_of
+from memnet.diffusion.tensors import (
+    TENSOR_ORDERS,
+    DiffusionSeries,
+    as_matrices,
+    is_unweighted,
+    rotate_tensors,
+    rotation_of,
+)
 from memnet.transforms.grids import same_grid
 from memnet.whole_files import whole_file
 
@@ -36,6 +44,11 @@ RECORD = "made_from.json"
 """Lies beside tensors that :func:`memnet.datasets.diffusion.prepare` has made."""
 
 _DIFFUSIVITY_LIMIT = 0.02  # mm^2/s; free water at 37 degrees has 0.003
+_NOISY, _WRONG = (
+    0.1,
+    0.5,
+)  # share of tensors with a negative eigenvalue that noise and that a wrong order of entries makes
+_MOST_JUDGED = 5000
 
 
 def read_bvals(path: str | Path) -> np.ndarray:
@@ -64,19 +77,19 @@ def read_series(data: str | Path, mask: str | Path | None = None) -> DiffusionSe
 
     Args:
         data: 4D NIfTI. FSL's and HCP's ``bvals`` and ``bvecs``, or files of its own name with the suffixes ``.bval`` and
-            ``.bvec`` (BIDS) or ``.bvals`` and ``.bvecs``, must lie beside it.
+            ``.bvec`` (BIDS) or ``.bvals`` and ``.bvecs``, must lie beside it, or further up as BIDS inherits them.
         mask: the brain on the same grid; where None HCP's ``nodif_brain_mask.nii.gz`` or a BIDS ``_mask`` beside the
             series is taken, else DIPY's median_otsu of the image of b = 0 decides.
 
     Returns:
-        The series.
+        The series, without the mean diffusion-weighted ("trace") images that some scanners add: weighted, with no direction.
 
     Raises:
         ValueError: naming the file that is missing, is no series of images, or does not belong to the others.
     """
     data = Path(data)
     image = _open(data)
-    if len(image.shape) != 4 or image.shape[3] < 2:
+    if len(_shape(image)) != 4:
         raise ValueError(f"{data}: has shape {image.shape}, expected a 4D series of diffusion-weighted images")
     beside = files_beside(data)
     for what, names in _names_beside(data).items():
@@ -86,9 +99,7 @@ def read_series(data: str | Path, mask: str | Path | None = None) -> DiffusionSe
     mask = beside.get("mask") if mask is None else mask
     if mask is not None:
         image_mask = _open(Path(mask))
-        if len(image_mask.shape) != 3 or not same_grid(
-            (image_mask.shape, image_mask.affine), (image.shape[:3], image.affine)
-        ):
+        if not same_grid((_shape(image_mask), image_mask.affine), (image.shape[:3], image.affine)):
             raise ValueError(
                 f"{mask}: the mask's grid ({image_mask.shape}) is not that of {data} ({image.shape[:3]}); "
                 "resample it to the series"
@@ -96,7 +107,13 @@ def read_series(data: str | Path, mask: str | Path | None = None) -> DiffusionSe
         brain = _values(image_mask, Path(mask)) > 0
     else:
         brain = _find_brain(signals[..., bvals[: signals.shape[3]].argmin()])
-    return DiffusionSeries(signals, bvals, bvecs, np.asarray(image.affine, dtype=np.float64), brain, str(data))
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if bvecs.shape == (*bvals.shape, 3) and bvals.shape == signals.shape[3:]:
+        traces = ~is_unweighted(bvals) & ~bvecs.any(1)
+        if traces.any():
+            logger.warning("%s: %d weighted images without a direction are left out", data, int(traces.sum()))
+            signals, bvals, bvecs = signals[..., ~traces], bvals[~traces], bvecs[~traces]
+    return DiffusionSeries(signals, bvals, bvecs, affine, brain, str(data))
 
 
 def files_beside(data: Path) -> dict[str, Path]:
@@ -105,17 +122,40 @@ def files_beside(data: Path) -> dict[str, Path]:
         what: next((data.parent / name for name in names if (data.parent / name).is_file()), None)
         for what, names in _names_beside(data).items()
     }
+    found = {"b-values": _inherited(data, "bval"), "directions": _inherited(data, "bvec")} | {
+        what: file for what, file in found.items() if file is not None
+    }
     return {what: file for what, file in found.items() if file is not None}
+
+
+def _inherited(data: Path, suffix: str) -> Path | None:
+    """Return the nearest file that BIDS lets a series inherit: all entities of its name are the series' own.
+
+    References:
+        https://bids-specification.readthedocs.io/en/stable/common-principles.html#the-inheritance-principle
+    """
+    entities = stem_of(data).split("_")
+    data = data.absolute()
+    subject = next((folder for folder in data.parents if folder.name == entities[0]), None)
+    if subject is None or not entities[0].startswith("sub-") or entities[-1] != "dwi":
+        return None
+    for folder in [folder for folder in data.parents if subject in (folder, *folder.parents)] + [subject.parent]:
+        names = {file: set(file.stem.split("_")) for file in sorted(folder.glob(f"*dwi.{suffix}"))}
+        fitting = [file for file, own in names.items() if own <= set(entities)]
+        if fitting:
+            return max(fitting, key=lambda file: len(names[file]))
+    return None
 
 
 def _names_beside(data: Path) -> dict[str, list[str]]:
     stem = stem_of(data)
     base = stem.removesuffix("_dwi")
-    masks = ["nodif_brain_mask.nii.gz", f"{base}_desc-brain_mask.nii.gz", f"{stem}_mask.nii.gz", f"{base}_mask.nii.gz"]
+    undescribed = re.sub(r"_desc-[^_]+", "", base)  # sub-01_desc-preproc_dwi has sub-01_desc-brain_mask
+    masks = [f"{name}_mask" for name in (f"{undescribed}_desc-brain", stem, base, "nodif_brain")]
     return {
         "b-values": [f"{stem}.bval", f"{stem}.bvals", "bvals"],
         "directions": [f"{stem}.bvec", f"{stem}.bvecs", "bvecs"],
-        "mask": masks,
+        "mask": [f"{name}{suffix}" for name in masks for suffix in (".nii.gz", ".nii")],
     }
 
 
@@ -136,7 +176,8 @@ def read_tensors(
         ``(D, H, W, 6)`` float32 in NIfTI's order and world axes, mm^2/s, and the affine.
 
     Raises:
-        ValueError: naming the file, if it is no such image or its values are no diffusivities in mm^2/s.
+        ValueError: naming the file, if it is no such image, its values are no diffusivities in mm^2/s, or they make tensors in
+            another order alone.
     """
     path = Path(path)
     if order not in TENSOR_ORDERS:
@@ -144,17 +185,16 @@ def read_tensors(
     if axes not in ("world", "voxel", "fsl"):
         raise ValueError(f"tensor_axes is {axes!r}, expected world, voxel or fsl")
     image = _open(path)
-    shape = image.shape
-    if len(shape) == 5 and shape[3] == 1:
-        shape = (*shape[:3], shape[4])
+    shape = _shape(image)
     if len(shape) != 4 or shape[3] != 6:
         raise ValueError(f"{path}: has shape {image.shape}, expected a tensor image of six values a voxel")
     if image.header.get_intent()[0] == "symmetric matrix":
         order = "nifti"
-    tensors = _values(image, path).reshape(shape)
-    tensors = tensors[..., [TENSOR_ORDERS[order].index(entry) for entry in TENSOR_ORDERS["nifti"]]]
+    stored = _values(image, path)
+    tensors = _in_order(stored, order)
     if not tensors.any() or np.abs(np.percentile(tensors[tensors.any(-1)], 99)) > _DIFFUSIVITY_LIMIT:
         raise ValueError(f"{path}: its values are no diffusivities in mm^2/s (brain has about 0.001)")
+    _require_order(path, stored, order)
     affine = np.asarray(image.affine, dtype=np.float64)
     if axes != "world":
         reverse = axes == "fsl" and np.linalg.det(affine[:3, :3]) > 0
@@ -228,9 +268,30 @@ def _find_brain(b0: np.ndarray) -> np.ndarray:
     return median_otsu(b0, median_radius=2, numpass=1)[1] & (b0 > 0)
 
 
+def _in_order(stored: np.ndarray, order: str) -> np.ndarray:
+    return stored[..., [TENSOR_ORDERS[order].index(entry) for entry in TENSOR_ORDERS["nifti"]]]
+
+
+def _require_order(path: Path, stored: np.ndarray, order: str) -> None:
+    """Refuse values that are no tensors in the order named, most having a negative eigenvalue, but are in another."""
+    voxels = stored[stored.any(-1)]
+    voxels = voxels[:: -(-len(voxels) // _MOST_JUDGED)]
+    negative = {
+        name: float((np.linalg.eigvalsh(as_matrices(_in_order(voxels, name)))[:, 0] < 0).mean())
+        for name in TENSOR_ORDERS
+    }
+    best = min(negative, key=lambda name: negative[name])
+    if negative[order] > _WRONG and negative[best] < _NOISY:
+        raise ValueError(
+            f"{path}: its values are no tensors in the order {order}, but in that of {best}; give --tensor_order {best}, and "
+            "--tensor_axes where its axes are not the world's (fsl for dtifit's)"
+        )
+
+
 def _numbers(path: str | Path) -> np.ndarray:
     try:
-        values = np.loadtxt(path, dtype=np.float64, ndmin=2)
+        with Path(path).open(encoding="utf-8-sig") as lines:
+            values = np.loadtxt((line.replace(",", " ") for line in lines), dtype=np.float64, ndmin=2)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as numbers ({error})") from error
     if values.size == 0:
@@ -247,9 +308,14 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path}: not a NIfTI image, or damaged ({error})") from error
 
 
+def _shape(image: Any) -> tuple[int, ...]:
+    """Return the shape without dimensions of size 1 beyond the third."""
+    return (*image.shape[:3], *(n for n in image.shape[3:] if n != 1))
+
+
 def _values(image: Any, path: Path) -> np.ndarray:
     try:
-        values = np.asarray(image.dataobj, dtype=np.float32)
+        values = np.asarray(image.dataobj, dtype=np.float32).reshape(_shape(image))
     except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read, cut short or damaged ({error})") from error
     if not np.isfinite(values).all():

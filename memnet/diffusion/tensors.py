@@ -23,6 +23,7 @@ __all__ = [
     "fine_affine",
     "fit_tensors",
     "fractional_anisotropy",
+    "is_unweighted",
     "mean_diffusivity",
     "predict_signals",
     "rotate_tensors",
@@ -43,7 +44,7 @@ TENSOR_ORDERS = {
 """The orders in which programs write the six entries of a tensor."""
 
 _ROWS, _COLUMNS = (np.array(indices) for indices in zip(*SYMMETRIC, strict=True))
-_B0_LIMIT = 50.0  # s/mm^2: scanners and HCP write some of b = 0 as 5
+_B0_LIMITS = (50.0, 100.0)  # s/mm^2: scanners write the true b of b = 0, 5 to 15, HCP at 7 T up to 70
 _UNIT_TOLERANCE = 0.05
 _VOXELS_AT_ONCE = 20_000
 
@@ -102,6 +103,12 @@ def world_directions(bvecs: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return axes @ rotation_of(affine).T
 
 
+def is_unweighted(bvals: np.ndarray) -> np.ndarray:
+    """Tell which of ``(n,)`` b-values are meant to be 0: those up to 50 s/mm^2, or up to 100 where there is none."""
+    low, high = (bvals <= limit for limit in _B0_LIMITS)
+    return low if low.any() else high
+
+
 @dataclass(frozen=True)
 class DiffusionSeries:
     """Diffusion-weighted images of one subject.
@@ -142,7 +149,7 @@ class DiffusionSeries:
             raise ValueError(f"{self.name}: a b-value is negative or not finite")
         weighted = ~self.unweighted
         if weighted.all():
-            raise ValueError(f"{self.name}: no image of b = 0 (below {_B0_LIMIT:g} s/mm^2); the fit needs one")
+            raise ValueError(f"{self.name}: no image of b = 0 (below {_B0_LIMITS[1]:g} s/mm^2); the fit needs one")
         lengths = np.linalg.norm(self.bvecs[weighted], axis=1)
         wrong = np.abs(lengths - 1) > _UNIT_TOLERANCE
         if wrong.any() or not np.isfinite(lengths).all():
@@ -154,7 +161,7 @@ class DiffusionSeries:
     @property
     def unweighted(self) -> np.ndarray:
         """The images of b = 0, ``(n,)`` boolean."""
-        return self.bvals <= _B0_LIMIT
+        return is_unweighted(self.bvals)
 
     def select(self, shells: Sequence[float] | None = None, tolerance: float = 100.0) -> DiffusionSeries:
         """Keep the images of b = 0 and those of some shells.
@@ -174,7 +181,9 @@ class DiffusionSeries:
             there = ", ".join(f"{b:g}" for b in np.unique(np.round(self.bvals, -2)))
             for shell, images in zip(shells, found, strict=True):
                 if not (images & ~b0).any():
-                    raise ValueError(f"{self.name}: no image of b = {shell:g} s/mm^2; there are b = {there}")
+                    raise ValueError(
+                        f"{self.name}: no image of b = {shell:g} s/mm^2; there are b = {there} (--shells names those to take)"
+                    )
             kept = ~b0 & np.any(found, axis=0)
         directions = self.bvecs[kept]
         if np.linalg.matrix_rank(directions[:, _ROWS] * directions[:, _COLUMNS], tol=1e-3) < 6:
@@ -314,11 +323,11 @@ def predict_signals(tensors: np.ndarray, series: DiffusionSeries, unweighted: np
 
 
 def _weighting(series: DiffusionSeries) -> tuple[np.ndarray, np.ndarray]:
-    """Return b-values and unit directions in world axes, both 0 for the images of b = 0."""
-    directions = world_directions(series.bvecs, series.affine)
-    directions[series.unweighted] = 0
-    directions[~series.unweighted] /= np.linalg.norm(directions[~series.unweighted], axis=1, keepdims=True)
-    return np.where(series.unweighted, 0, series.bvals), directions
+    """Return b-values and unit directions in world axes, both 0 for images of b = 0 without a direction, be it 0 or NaN."""
+    lengths = np.linalg.norm(series.bvecs, axis=1)
+    has_direction = np.abs(lengths - 1) <= _UNIT_TOLERANCE
+    unit = np.divide(series.bvecs, lengths[:, None], out=np.zeros(series.bvecs.shape), where=has_direction[:, None])
+    return np.where(has_direction, series.bvals, 0), world_directions(unit, series.affine)
 
 
 def _eigenvalues(tensors: np.ndarray) -> np.ndarray:

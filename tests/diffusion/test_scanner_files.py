@@ -1,0 +1,117 @@
+"""Diffusion files as scanners and programs write them: read as what they are, whatever their disguise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from memnet.datasets.diffusion import find_series
+from memnet.datasets.diffusion_files import read_series, read_tensors
+from memnet.diffusion.tensors import TENSOR_ORDERS, as_channels, as_matrices, fit_tensors
+from tests.diffusion_cases import GRIDS, field, positions, write_series
+
+AFFINE = GRIDS["oblique"]  # right-handed, so that FSL's first axis is reversed
+SHAPE = (5, 6, 4)
+
+
+def _reshape(*shape: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for name, wanted in (("data.nii.gz", shape), ("nodif_brain_mask.nii.gz", (*SHAPE, 1))):
+            image = nib.load(folder / name)
+            nib.save(nib.Nifti1Image(np.asarray(image.dataobj).reshape(wanted), AFFINE), folder / name)
+
+    return change
+
+
+def _scaled_integers(folder: Path) -> None:
+    for name, slope in (("data.nii.gz", 0.05), ("nodif_brain_mask.nii.gz", 1 / 255)):
+        values = nib.load(folder / name).get_fdata()
+        image = nib.Nifti1Image(np.round(values / slope).astype(np.int16), AFFINE)
+        image.header.set_slope_inter(slope, 0)
+        nib.save(image, folder / name)
+
+
+def _columns(folder: Path) -> None:
+    """Columns parted by commas, with the NaN that some programs write for b = 0."""
+    bvals, bvecs = np.loadtxt(folder / "bvals"), np.loadtxt(folder / "bvecs").T
+    bvecs[bvals == 0] = np.nan
+    np.savetxt(folder / "bvals", bvals[:, None], fmt="%g")
+    np.savetxt(folder / "bvecs", bvecs, delimiter=", ")
+
+
+def _trace(folder: Path) -> None:
+    """The mean of the weighted images, which a scanner put behind them."""
+    image = nib.load(folder / "data.nii.gz")
+    values = image.get_fdata()
+    values = np.concatenate([values, values[..., 1:].mean(-1, keepdims=True)], -1)
+    nib.save(nib.Nifti1Image(values.astype(np.float32), AFFINE), folder / "data.nii.gz")
+    bvals, bvecs = np.loadtxt(folder / "bvals"), np.loadtxt(folder / "bvecs")
+    np.savetxt(folder / "bvals", [[*bvals, 1000]])
+    np.savetxt(folder / "bvecs", np.concatenate([bvecs, np.zeros((3, 1))], 1))
+
+
+_TWO_SHELLS = (5, 995, 1005, 990, 1000, 1010, 995, 1005, 990, 2990, 3005, 2995, 3010)
+_HCP_7T = (65, 995, 1005, 990, 1000, 1010, 995, 1005, 990, 1000, 1045, 960, 1000)
+
+
+@pytest.mark.parametrize(
+    ("change", "bvals"),
+    [
+        (_reshape(*SHAPE, 1, 13), None),
+        (_reshape(*SHAPE, 13, 1), None),
+        (_scaled_integers, None),
+        (_columns, None),
+        (_trace, None),
+        (lambda folder: None, _TWO_SHELLS),
+        (lambda folder: None, _HCP_7T),
+    ],
+    ids=["t,n", "n,t", "scaled integers", "columns", "trace", "two shells", "HCP 7T"],
+)
+def test_tensors_are_those_of_the_world_whatever_the_files(change, bvals, tmp_path):
+    path = write_series(tmp_path, SHAPE, AFFINE, bvals=bvals)
+    change(tmp_path)
+    series = read_series(path)
+    assert series.mask.sum() == 24
+    found = as_matrices(fit_tensors(series.select([1000])))[series.mask]
+    np.testing.assert_allclose(found, field(positions(SHAPE, AFFINE))[series.mask], atol=2e-6)
+
+
+@pytest.mark.parametrize("where", ["sub-01", "."])
+def test_bids_inherits_gradients_and_keeps_what_holds_no_tensors_out(where, tmp_path, caplog):
+    names = ("sub-01_dir-AP_desc-preproc_dwi.nii.gz", "a", "b", "sub-01_dir-AP_desc-brain_mask.nii.gz")
+    folder = tmp_path / "sub-01" / "ses-2" / "dwi"
+    data = write_series(folder, SHAPE, names=names)
+    for name, suffix in (("a", "bval"), ("b", "bvec")):
+        # nearest first, then the name that says most
+        (folder / name).rename(tmp_path / where / f"dir-AP_dwi.{suffix}")
+        (tmp_path / where / f"dwi.{suffix}").write_text("0 0")
+        (tmp_path / where / f"dir-PA_dwi.{suffix}").write_text("0")
+    for name in ("sub-01_dir-PA_dwi.nii.gz", "sub-01_dir-AP_part-phase_dwi.nii.gz"):
+        (folder / name).write_bytes(data.read_bytes())
+    (found,) = find_series(tmp_path)
+    assert found == {"subject": "sub-01_dir-AP_desc-preproc", "data": str(data), "patient": "sub-01"}
+    assert "dir-PA_dwi.nii.gz: left out" in caplog.text and "part-phase_dwi.nii.gz: left out" in caplog.text
+    series = read_series(data)
+    assert len(series.bvals) == 13 and series.mask.sum() == 24
+
+
+def test_a_series_of_each_folder_and_of_7_tesla(tmp_path):
+    for subject in ("a", "b"):
+        write_series(tmp_path / "fsl" / subject, SHAPE)
+        write_series(tmp_path / "hcp" / subject / "T1w" / "Diffusion_7T", SHAPE)
+    for layout in ("fsl", "hcp"):
+        assert [one["subject"] for one in find_series(tmp_path / layout)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("written", ["fsl", "mrtrix"])
+def test_tensors_of_another_order_than_named_are_refused(written, tmp_path):
+    tensors = as_channels(field(positions(SHAPE, AFFINE)))
+    order = [TENSOR_ORDERS["nifti"].index(entry) for entry in TENSOR_ORDERS[written]]
+    nib.save(nib.Nifti1Image(tensors[..., order].astype(np.float32), AFFINE), tmp_path / "dti_tensor.nii.gz")
+    with pytest.raises(ValueError, match=f"give --tensor_order {written}"):
+        read_tensors(tmp_path / "dti_tensor.nii.gz")
+    np.testing.assert_allclose(read_tensors(tmp_path / "dti_tensor.nii.gz", written)[0], tensors, rtol=1e-5)
