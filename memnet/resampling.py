@@ -158,26 +158,33 @@ class _Resampling(Invertible):
 
     @torch.jit.export
     def split(self, state: list[torch.Tensor], fine: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Split the state of the fine or the coarse side into coarse streams and the rest, skips first."""
-        n, c = self.n_streams, self.channels_down
-        streams = [as_stream(x) for x in state[:n]]
-        if not fine:
-            return streams, state[n:]
-        coarse = [squeeze(x[:, :c], self.spatial_dims) for x in streams]
-        # Skips are copies, since a view (contiguous() makes one of a batch of 1) would keep the whole stream alive.
-        skips = [x[:, c:].clone() for x in streams] if c < self.channels else streams[:0]
-        return coarse, skips + state[n:]
+        """Split the state of the fine or the coarse side into coarse streams and the rest, skips first.
+
+        Takes each stream out of ``state``, so that it can go before the next one is copied.
+        """
+        c = self.channels_down
+        coarse: list[torch.Tensor] = []
+        skips: list[torch.Tensor] = []
+        for _ in range(self.n_streams):
+            x = as_stream(state.pop(0))
+            coarse.append(squeeze(x[:, :c], self.spatial_dims) if fine else x)
+            if fine and c < self.channels:
+                # A copy, since a view (contiguous() makes one of a batch of 1) would keep the whole stream alive.
+                skips.append(x[:, c:].clone())
+        return coarse, skips + state
 
     @torch.jit.export
     def join(self, coarse: list[torch.Tensor], rest: list[torch.Tensor], fine: bool) -> list[torch.Tensor]:
-        """Invert :meth:`split`."""
+        """Invert :meth:`split`, taking each stream and skip out of the lists."""
         if not fine:
             return coarse + rest
-        streams = [unsqueeze(x, self.spatial_dims) for x in coarse]
-        if self.channels_down == self.channels:
-            return streams + rest
-        n = self.n_streams
-        return [torch.cat([streams[i], as_stream(rest[i])], 1) for i in range(n)] + rest[n:]
+        streams: list[torch.Tensor] = []
+        while len(coarse) > 0:
+            x = unsqueeze(coarse.pop(0), self.spatial_dims)
+            if self.channels_down < self.channels:
+                x = torch.cat([x, as_stream(rest.pop(0))], 1)
+            streams.append(x)
+        return streams + rest
 
     @torch.jit.export
     def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -221,10 +228,10 @@ class _Resampling(Invertible):
         self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
     ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
         """See :meth:`memnet.Invertible.pull_back`."""
-        state, replays, kept = recorded[:3]
+        state, replays, kept = list(recorded.state), recorded.replays, recorded.kept
         filled = [torch.zeros_like(x) if d is None else d for x, d in zip(state, gradients, strict=True)]
         del recorded, gradients
-        coarse, rest = self.split(list(state), not self.downwards)
+        coarse, rest = self.split(state, not self.downwards)
         d_coarse, d_rest = self.split(filled, not self.downwards)
         del state, filled
         parameter_gradients: Gradients = {}
@@ -236,8 +243,8 @@ class _Resampling(Invertible):
             (step,), more = pull([d_coarse[i]])
             d_coarse[i] = torch.zeros_like(coarse[i]) if step is None else step
             accumulate(parameter_gradients, more)
+            del _, pull, step
         inputs = tuple(self.join(coarse, rest, self.downwards))
-        del coarse, rest
         return inputs, [*self.join(d_coarse, d_rest, self.downwards)], parameter_gradients
 
     @torch.jit.unused
