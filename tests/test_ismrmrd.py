@@ -100,6 +100,92 @@ def test_readout_oversampling_is_removed(tmp_path: Path) -> None:
     np.testing.assert_allclose(raw.affine @ [2, 0, 0, 1], [6, 0, 0, 1], atol=1e-5)
 
 
+def reference_lines(rows: np.ndarray) -> np.ndarray:
+    """The lines at the centre taken once more by a scan whose signal is ten times as strong, in an encoding 0 and another 1."""
+    centre = (np.abs(rows["head"]["idx"]["kspace_encode_step_1"] - 3.0) < 2) & (rows["head"]["idx"]["phase"] == 0)
+    own, other = rows[centre].copy(), rows.copy()
+    own["head"]["flags"] = 1 << 19
+    own["data"] = [10 * values for values in own["data"]]
+    other["head"]["encoding_space_ref"], other["head"]["flags"] = 1, 1 << 19
+    other["data"] = [100 * values for values in other["data"]]
+    return np.concatenate([other, own, rows])
+
+
+def test_a_separate_reference_scan_is_kept_apart(raw: RawData, file: Path) -> None:
+    edit(file, reference_lines)
+    edit_xml(
+        file,
+        "</trajectory></encoding>",
+        "</trajectory><parallelImaging><calibrationMode>separate</calibrationMode></parallelImaging></encoding>"
+        "<encoding><trajectory>radial</trajectory></encoding>",
+    )
+    back = read_ismrmrd(file)
+    np.testing.assert_array_equal(back.kspace, raw.kspace)
+    expected = np.zeros_like(raw.kspace[0])
+    expected[:, :, 2:5] = 10 * raw.kspace[0, :, :, 2:5]
+    np.testing.assert_allclose(back.calibration, expected, rtol=1e-6)
+
+
+def test_embedded_calibration_lines_are_part_of_the_image(raw: RawData, file: Path) -> None:
+    def flag(rows: np.ndarray) -> None:
+        rows["head"]["flags"][rows["head"]["idx"]["kspace_encode_step_1"] == 3] = 1 << 19
+
+    edit(file, flag)
+    back = read_ismrmrd(file)
+    np.testing.assert_array_equal(back.kspace, raw.kspace)
+    assert back.calibration is None
+
+
+def test_counters_of_frames_may_begin_late_and_leave_some_out(raw: RawData, file: Path) -> None:
+    def later(rows: np.ndarray) -> None:
+        rows["head"]["idx"]["phase"] = 3 + 4 * rows["head"]["idx"]["phase"]
+
+    edit(file, later)
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, raw.kspace)
+
+
+@pytest.mark.parametrize(("chopped", "sign_y", "sign_z"), [("ChopY", -1, 1), ("ChopZ", 1, -1)])
+def test_alternating_signs_are_undone(raw: RawData, file: Path, chopped: str, sign_y: int, sign_z: int) -> None:
+    told = f"<userParameterLong><name>{chopped}</name><value>0</value></userParameterLong>"
+    edit_xml(file, "</ismrmrdHeader>", f"<userParameters>{told}</userParameters></ismrmrdHeader>")
+    signs = float(sign_y) ** np.arange(6)[:, None] * float(sign_z) ** np.arange(5)
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, raw.kspace * signs)
+
+
+def test_what_a_pilot_tone_disturbs_is_left_out(raw: RawData, file: Path) -> None:
+    told = "<userParameterLong><name>PilotTone</name><value>1</value></userParameterLong>"
+    edit_xml(file, "</ismrmrdHeader>", f"<userParameters>{told}</userParameters></ismrmrdHeader>")
+    expected = raw.kspace.copy()
+    expected[:, :, [0, 1, 2, 7]] = 0
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, expected)
+
+
+def test_a_matrix_larger_than_its_limits_is_not_filled_with_zeros(raw: RawData, file: Path) -> None:
+    """As OCMR's, whose header has square pixels; the field of view and the image's place stay."""
+    edit_xml(file, "<x>8</x><y>6</y><z>5</z>", "<x>8</x><y>14</y><z>5</z>")
+    back = read_ismrmrd(file)
+    np.testing.assert_array_equal(back.kspace, raw.kspace)
+    np.testing.assert_allclose(back.affine, AFFINE, atol=1e-4)
+
+
+@pytest.mark.parametrize("centre", [0, 3, 5])
+def test_whole_readouts_fit_wherever_their_centre_is_said_to_be(raw: RawData, file: Path, centre: int) -> None:
+    def change(rows: np.ndarray) -> None:
+        rows["head"]["center_sample"] = centre
+
+    edit(file, change)
+    shift = 4 - (centre or 4)
+    moved = np.roll(raw.kspace, shift, 2)
+    if shift:
+        moved[:, :, 0 if shift > 0 else -1] = 0
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, moved)
+
+
+def test_limits_that_say_nothing_leave_the_centre_in_the_middle(raw: RawData, file: Path) -> None:
+    edit_xml(file, "<maximum>5</maximum><center>3</center>", "<maximum>0</maximum><center>0</center>")
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, raw.kspace)
+
+
 def test_one_slice_of_several_is_taken(raw: RawData, file: Path, caplog: pytest.LogCaptureFixture) -> None:
     def add(rows: np.ndarray) -> np.ndarray:
         others = rows.copy()

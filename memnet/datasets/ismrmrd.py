@@ -70,19 +70,49 @@ class RawData:
         sampled: bool ``(frames, y, z)``.
         affine: of the image ``(x, y, z)``, ``(4, 4)``, mm, RAS+.
         is_stack: whether x counts the slices of a 2D scan, which need no transform, rather than samples of the readout.
+        calibration: complex64 ``(coils, x, y, z)``, a reference scan of its own that coil maps may come of, zero where nothing
+            was sampled; ``None`` where there is none.
     """
 
     kspace: np.ndarray
     sampled: np.ndarray
     affine: np.ndarray
     is_stack: bool = False
+    calibration: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """What a file's header says.
+
+    Attributes:
+        matrix: encoded samples along x, y, z.
+        fov: encoded field of view, mm.
+        recon_x: samples of the reconstructed readout.
+        recon_fov_x: their field of view, mm.
+        centres: the central steps along y and z.
+        separate: whether calibration readouts are a scan of their own, whose contrast may be another one.
+        chopped: whether the sign alternates from step to step along y and z, as in files of GE's scanners.
+        has_pilot_tone: whether a navigator's tone lies in each readout's first three samples and its last one, as OCMR tells.
+    """
+
+    matrix: list[int]
+    fov: list[float]
+    recon_x: int
+    recon_fov_x: float
+    centres: list[int]
+    separate: bool
+    chopped: tuple[bool, bool]
+    has_pilot_tone: bool
 
 
 def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
     """Read an ISMRMRD file of one Cartesian 3D volume, or of the frames of a 2D slice.
 
     Readouts of the same place, as averages, are averaged. Cardiac phases or repetitions are the frames. Of several contrasts
-    or sets the first is taken. Readout oversampling is removed. Noise scans, navigators and their like are left out.
+    or sets the first is taken. Readout oversampling is removed, and so is what the header's limits leave of the matrix on both
+    sides. Calibration lines are part of the image, unless they are a scan of their own. Noise scans, navigators and their like
+    are left out.
 
     Args:
         path: the ``.h5`` file.
@@ -101,9 +131,14 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
     """
     path = Path(path)
     xml, heads, data = _read_hdf5(path)
-    matrix, fov, recon_x, recon_fov_x, centres = _encoding(path, xml)
     chosen = (heads["flags"] & np.uint64(_NOT_IMAGE)) == 0
-    chosen &= (heads["flags"] & np.uint64(_CALIBRATION_ALONE)) == 0
+    if not chosen.any():
+        raise ValueError(f"{path}: holds no readout of image data")
+    # a reference scan may be encoded in another way
+    space = int(np.bincount(heads["encoding_space_ref"][chosen]).argmax())
+    chosen &= heads["encoding_space_ref"] == space
+    encoding = _encoding(path, xml, space)
+    matrix, fov = encoding.matrix, encoding.fov
     for name in ("contrast", "set"):
         values = np.unique(heads["idx"][name][chosen])
         if len(values) > 1:
@@ -111,14 +146,14 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
             chosen &= heads["idx"][name] == values[0]
     chosen &= _of_slice(path, heads["idx"]["slice"], chosen, slice_index)
     heads, data = heads[chosen], data[chosen]
+    is_reference = (heads["flags"] & np.uint64(_CALIBRATION_ALONE)) != 0
+    if not encoding.separate:
+        is_reference[:] = False
+    reference, heads, data = (heads[is_reference], data[is_reference]), heads[~is_reference], data[~is_reference]
     if not len(heads):
         raise ValueError(f"{path}: holds no readout of image data")
     frames = _frames(path, heads["idx"])
-    index = [
-        heads["idx"][f"kspace_encode_step_{i}"].astype(int) - centre + n // 2
-        for i, centre, n in zip((1, 2), centres, matrix[1:], strict=True)
-    ]
-    for name, values, n in zip("yz", index, matrix[1:], strict=True):
+    for name, values, n in zip("yz", _places(heads, encoding), matrix[1:], strict=True):
         if values.min() < 0 or values.max() >= n:
             raise ValueError(
                 f"{path}: phase encoding along {name} reaches from {values.min()} to {values.max()} where its header has "
@@ -134,18 +169,15 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
             f"{path}: holds {n_there} samples, its header a matrix of {matrix} for {n_coils} coils and {frames.max() + 1} "
             "frames; is it damaged?"
         )
-    kspace = np.zeros((frames.max() + 1, *matrix[1:], n_coils, matrix[0]), dtype=np.complex64)
-    count = np.zeros(kspace.shape[:3], dtype=np.uint16)
-    for head, values, frame, y, z in zip(heads, data, frames, *index, strict=True):
-        kspace[frame, y, z] += _readout(path, head, values, n_coils, matrix[0])
-        count[frame, y, z] += 1
-    kspace /= np.maximum(count, 1)[..., None, None]
-    kspace = np.ascontiguousarray(kspace.transpose(0, 3, 4, 1, 2))
+    kspace, sampled = _gridded(path, heads, data, frames, encoding)
     check_samples(path, kspace, 1)
-    wanted = round(matrix[0] * recon_fov_x / fov[0])
-    if recon_x < matrix[0] and 0 < wanted < matrix[0]:
-        kspace, fov[0] = crop_field_of_view(kspace, wanted, 2), recon_fov_x
-    return RawData(kspace, count > 0, _affine(path, heads[0], kspace.shape[2:], fov))
+    calibration = _calibration(path, *reference, n_coils, encoding)
+    wanted = round(matrix[0] * encoding.recon_fov_x / fov[0])
+    if encoding.recon_x < matrix[0] and 0 < wanted < matrix[0]:
+        kspace, fov[0] = crop_field_of_view(kspace, wanted, 2), encoding.recon_fov_x
+        calibration = None if calibration is None else crop_field_of_view(calibration, wanted, 1)
+    affine = _affine(path, heads[0], kspace.shape[2:], fov)
+    return RawData(kspace, sampled, affine, calibration=calibration)
 
 
 def check_samples(path: Path, kspace: np.ndarray, coil_axis: int) -> None:
@@ -265,12 +297,14 @@ def _read_hdf5(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
     return xml if isinstance(xml, bytes) else str(xml).encode(), rows["head"], rows["data"]
 
 
-def _encoding(path: Path, xml: bytes) -> tuple[list[int], list[float], int, float, list[int]]:
-    """Return the encoded matrix and field of view (mm), the reconstructed ones of the readout, and the central steps."""
+def _encoding(path: Path, xml: bytes, space: int) -> _Encoding:
     try:
-        encoding = ElementTree.fromstring(xml).find(f"{_NAMESPACE}encoding")
+        root = ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}: its header is no XML ({error})") from error
+    encoding = next(iter(root.findall(f"{_NAMESPACE}encoding")[space:]), None)
+    numbers = root.iterfind(f"{_NAMESPACE}userParameters/{_NAMESPACE}userParameterLong")
+    told = {p.findtext(f"{_NAMESPACE}name"): p.findtext(f"{_NAMESPACE}value") for p in numbers}
 
     def read(*names: str, default: str | None = None) -> str:
         found = None if encoding is None else encoding.findtext("/".join(_NAMESPACE + name for name in names))
@@ -281,15 +315,23 @@ def _encoding(path: Path, xml: bytes) -> tuple[list[int], list[float], int, floa
     trajectory = read("trajectory")
     if trajectory.lower() != "cartesian":
         raise ValueError(f"{path}: its trajectory is {trajectory}; only cartesian data can be reconstructed")
-    limits = ("encodingLimits", "kspace_encoding_step_{}", "center")
+    mode = read("parallelImaging", "calibrationMode", default="")
     recon = ("reconSpace", "matrixSize", "x"), ("reconSpace", "fieldOfView_mm", "x")
     try:
         matrix = [int(read("encodedSpace", "matrixSize", axis)) for axis in "xyz"]
         fov = [float(read("encodedSpace", "fieldOfView_mm", axis)) for axis in "xyz"]
-        centres = [
-            int(read(*(name.format(i) for name in limits), default=str(n // 2)))
-            for i, n in zip((1, 2), matrix[1:], strict=True)
-        ]
+        centres = []
+        for i, n in enumerate(matrix[1:], 1):
+            limits = [
+                int(read("encodingLimits", f"kspace_encoding_step_{i}", name, default=str(default)))
+                for name, default in (("minimum", 0), ("center", n // 2), ("maximum", n - 1))
+            ]
+            least, centre, most = limits
+            if least < centre <= most:
+                matrix[i] = min(n, 2 * max(centre - least, most + 1 - centre))
+            else:  # as converters write that leave limits out
+                centre = n // 2
+            centres.append(centre)
         recon_x, recon_fov_x = int(read(*recon[0], default=str(matrix[0]))), float(read(*recon[1], default=str(fov[0])))
     except ValueError as error:
         raise ValueError(
@@ -301,7 +343,9 @@ def _encoding(path: Path, xml: bytes) -> tuple[list[int], list[float], int, floa
             f"{path}: its header has a matrix of {matrix} (readout reconstructed to {recon_x}) and a field of view of {fov} "
             f"mm ({recon_fov_x}), so that voxels have sides of {', '.join(f'{side:.3g}' for side in sides)} mm"
         )
-    return matrix, fov, recon_x, recon_fov_x, centres
+    chopped = told.get("ChopY") == "0", told.get("ChopZ") == "0"
+    separate, has_pilot_tone = mode in ("separate", "external"), told.get("PilotTone") == "1"
+    return _Encoding(matrix, fov, recon_x, recon_fov_x, centres, separate, chopped, has_pilot_tone)
 
 
 def _of_slice(path: Path, slices: np.ndarray, chosen: np.ndarray, index: int | None) -> np.ndarray:
@@ -321,10 +365,53 @@ def _frames(path: Path, counters: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"{path}: has several cardiac phases and several repetitions; one of the two can be the frames"
         )
-    return counters[varying[0]].astype(int) if varying else np.zeros(len(counters), dtype=int)
+    if not varying:
+        return np.zeros(len(counters), dtype=int)
+    return np.unique(counters[varying[0]], return_inverse=True)[1]  # counters may begin late and leave some out
 
 
-def _readout(path: Path, head: np.void, values: np.ndarray, n_coils: int, n: int) -> np.ndarray:
+def _places(heads: np.ndarray, encoding: _Encoding) -> list[np.ndarray]:
+    """Return where the readouts lie along y and z, the zero frequency being at index ``n // 2``."""
+    return [
+        heads["idx"][f"kspace_encode_step_{i}"].astype(int) - centre + n // 2
+        for i, centre, n in zip((1, 2), encoding.centres, encoding.matrix[1:], strict=True)
+    ]
+
+
+def _gridded(
+    path: Path, heads: np.ndarray, data: np.ndarray, frames: np.ndarray, encoding: _Encoding
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return k-space ``(frames, coils, x, y, z)``, averaged where readouts repeat, and what was sampled, ``(frames, y, z)``."""
+    n_coils, (n_x, *steps) = int(heads["active_channels"][0]), encoding.matrix
+    kspace = np.zeros((frames.max() + 1, *steps, n_coils, n_x), dtype=np.complex64)
+    count = np.zeros(kspace.shape[:3], dtype=np.uint16)
+    signs = [
+        1 - 2 * (heads["idx"][f"kspace_encode_step_{i}"] % 2 * encoding.chopped[i - 1]).astype(int) for i in (1, 2)
+    ]
+    places = zip(frames, *_places(heads, encoding), signs[0] * signs[1], strict=True)
+    for head, values, (frame, y, z, sign) in zip(heads, data, places, strict=True):
+        kspace[frame, y, z] += sign * _readout(path, head, values, n_coils, n_x, encoding.has_pilot_tone)
+        count[frame, y, z] += 1
+    kspace /= np.maximum(count, 1)[..., None, None]
+    return np.ascontiguousarray(kspace.transpose(0, 3, 4, 1, 2)), count > 0
+
+
+def _calibration(
+    path: Path, heads: np.ndarray, data: np.ndarray, n_coils: int, encoding: _Encoding
+) -> np.ndarray | None:
+    """Return the k-space of a reference scan, as far as it lies in the image's, or ``None`` where there is none."""
+    inside = heads["active_channels"] == n_coils
+    for place, n in zip(_places(heads, encoding), encoding.matrix[1:], strict=True):
+        inside &= (place >= 0) & (place < n)
+    if not inside.any():
+        return None
+    kspace = _gridded(path, heads[inside], data[inside], np.zeros(int(inside.sum()), dtype=int), encoding)[0][0]
+    if not np.isfinite(kspace).all():
+        raise ValueError(f"{path}: holds samples that are not finite numbers")
+    return kspace
+
+
+def _readout(path: Path, head: np.void, values: np.ndarray, n_coils: int, n: int, has_pilot_tone: bool) -> np.ndarray:
     """Return the samples ``(coils, n)`` of one readout with its centre at index ``n // 2``."""
     n_samples = int(head["number_of_samples"])
     if len(values) != 2 * n_coils * n_samples:
@@ -333,13 +420,19 @@ def _readout(path: Path, head: np.void, values: np.ndarray, n_coils: int, n: int
             f"{n_samples} complex samples"
         )
     samples = np.ascontiguousarray(values).view(np.complex64).reshape(n_coils, n_samples)
-    centre = int(head["center_sample"])
+    if has_pilot_tone:
+        samples = samples.copy()
+        samples[:, [0, 1, 2, -1]] = 0
+    centre = int(head["center_sample"]) or n_samples // 2  # 0 says nothing: no image begins at its centre
     if int(head["flags"]) & _REVERSED:
         samples, centre = samples[:, ::-1], n_samples - 1 - centre
     taken = slice(int(head["discard_pre"]), n_samples - int(head["discard_post"]))
     start = n // 2 - centre + taken.start
     samples = samples[:, taken]
-    if start < 0 or start + samples.shape[1] > n:
+    # the centre of an even number of samples lies on either side of its middle, and reversal takes it to the other
+    before, behind = max(0, -start), max(0, start + samples.shape[1] - n)
+    samples, start = samples[:, before : samples.shape[1] - behind], start + before
+    if before + behind > 1:
         raise ValueError(
             f"{path}: a readout of {n_samples} samples with its centre at {centre} does not fit the {n} of the header; is the "
             "order of the dimensions another one?"

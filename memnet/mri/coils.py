@@ -10,12 +10,13 @@ import torch
 __all__ = ["calibration_region", "compress_coils", "espirit_maps", "simulated_maps"]
 
 
-def compress_coils(kspace: torch.Tensor, n_coils: int) -> torch.Tensor:
+def compress_coils(kspace: torch.Tensor, n_coils: int, source: torch.Tensor | None = None) -> torch.Tensor:
     """Combine coils into fewer virtual ones that keep the most energy, strongest first.
 
     Args:
         kspace: complex ``(coils, *dims)``.
         n_coils: virtual coils; as many as there are coils are turned, not reduced.
+        source: k-space of the same coils whose energy is to be kept; this one's if ``None``.
 
     Returns:
         Complex ``(min(n_coils, coils), *dims)``.
@@ -23,10 +24,10 @@ def compress_coils(kspace: torch.Tensor, n_coils: int) -> torch.Tensor:
     References:
         Array compression for MRI with large coil arrays (Buehrer et al., 2007), https://doi.org/10.1002/mrm.21237
     """
-    samples = kspace.flatten(1)
+    samples = (kspace if source is None else source).flatten(1)
     _, vectors = torch.linalg.eigh(samples @ samples.mH)
     virtual = vectors.flip(1)[:, :n_coils].mH
-    return (virtual @ samples).reshape(-1, *kspace.shape[1:])
+    return (virtual @ kspace.flatten(1)).reshape(-1, *kspace.shape[1:])
 
 
 def calibration_region(mask: torch.Tensor) -> tuple[int, int]:

@@ -74,18 +74,26 @@ class LoadKspaced(MapTransform):
         self.movie, self.n_coils, self.noise, self.margin = movie, n_coils, noise, margin
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
-        """Add ``kspace``, MetaTensor complex64 ``(coils, slices or frames, y, z)``, and ``mask``, bool ``(1, ...)``."""
+        """Add ``kspace``, MetaTensor complex64 ``(coils, slices or frames, y, z)``, and ``mask``, bool ``(1, ...)``.
+
+        A reference scan in the file is added as ``calibration``, complex64 ``(coils, slices, y, z)`` or ``(coils, 1, x, y)`` of
+        a movie.
+        """
         d = dict(data)
         path, slice_index = Path(d[self.first_key(d)]), d.get("slice_index")
         if path.name.endswith((".nii", ".nii.gz")):
             kspace, mask, affine = self._simulate(path, slice_index)
         else:
-            kspace, mask, affine = self._read(path, slice_index)
+            kspace, mask, affine, calibration = self._read(path, slice_index)
+            if calibration is not None:
+                d["calibration"] = calibration
         d["kspace"] = MetaTensor(kspace, torch.from_numpy(affine), meta={"filename_or_obj": str(path)})
         d["mask"] = mask
         return d
 
-    def _read(self, path: Path, slice_index: int | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    def _read(
+        self, path: Path, slice_index: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, torch.Tensor | None]:
         raw = read_raw_data(path, slice_index)
         kspace, sampled = torch.from_numpy(raw.kspace), torch.from_numpy(raw.sampled)
         n_frames, n_z = kspace.shape[0], kspace.shape[4]
@@ -95,10 +103,13 @@ class LoadKspaced(MapTransform):
             )
         if not self.movie and (n_frames > 1 or n_z == 1):
             raise ValueError(f"{path}: holds {n_frames} frames and {n_z} steps along z; expected one 3D volume")
+        calibration = None if raw.calibration is None else torch.from_numpy(raw.calibration)
         if self.movie:
-            return kspace[..., 0].movedim(0, 1).contiguous(), sampled[None, :, None, :, 0], raw.affine
+            calibration = None if calibration is None else calibration[:, None, :, :, 0]
+            return kspace[..., 0].movedim(0, 1).contiguous(), sampled[None, :, None, :, 0], raw.affine, calibration
         volume = kspace[0] if raw.is_stack else kspace_to_image(kspace[0], (1,))
-        return volume, sampled[0][None, None], raw.affine
+        calibration = None if calibration is None else kspace_to_image(calibration, (1,))
+        return volume, sampled[0][None, None], raw.affine, calibration
 
     def _simulate(self, path: Path, slice_index: int | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         if not path.is_file():
@@ -134,7 +145,7 @@ class LoadKspaced(MapTransform):
 
 
 class CompressCoilsd(MapTransform):
-    """Combine coils into fewer virtual ones, see :func:`memnet.mri.coils.compress_coils`.
+    """Combine coils into fewer virtual ones, those of ``calibration`` alike, see :func:`memnet.mri.coils.compress_coils`.
 
     Args:
         keys: k-space.
@@ -149,6 +160,8 @@ class CompressCoilsd(MapTransform):
         """Return the data with compressed k-space."""
         d = dict(data)
         for key in self.key_iterator(d):
+            if "calibration" in d:
+                d["calibration"] = compress_coils(d["calibration"], self.n_coils, plain_tensor(d[key]))
             d[key] = with_meta_of(compress_coils(plain_tensor(d[key]), self.n_coils), d[key])
         return d
 
@@ -156,7 +169,9 @@ class CompressCoilsd(MapTransform):
 class EstimateMapsd(Transform):
     """Estimate coil maps from the centre of ``kspace`` and add them as ``csm``, see :func:`memnet.mri.coils.espirit_maps`.
 
-    A mask that changes with the frames is that of a movie: its frames are averaged, each sample over those that took it.
+    A mask that changes with the frames is that of a movie: its frames are averaged, each sample over those that took it. Where
+    the centre is sampled over no more than the kernel, maps come of the reference scan ``calibration``, which is left out of the
+    result.
 
     Args:
         calibration: side of the region to use at most, samples; less where a gap comes before. With c coils of which each has
@@ -179,7 +194,10 @@ class EstimateMapsd(Transform):
         if mask.shape[1] > 1:
             count = mask.sum(1, keepdim=True)
             kspace, mask = kspace.sum(1, keepdim=True) / count.clamp_min(1), count > 0
-        region = [min(side, self.calibration) for side in calibration_region(mask[0, 0])]
+        region, reference = calibration_region(mask[0, 0]), d.pop("calibration", None)
+        if reference is not None and min(region) <= self.kernel:
+            kspace, region = reference, calibration_region((reference != 0).any(0).any(0))
+        region = (min(region[0], self.calibration), min(region[1], self.calibration))
         try:
             d["csm"] = espirit_maps(kspace, region, self.kernel)
         except ValueError as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from monai.apps.reconstruction.transforms.array import KspaceMask
 from monai.transforms import Transform
 
 from memnet.datasets.ismrmrd import write_ismrmrd
+from memnet.mri.coils import compress_coils
 from memnet.mri.fourier import image_to_kspace, kspace_to_image
 from memnet.mri.operators import SenseOperator
 from memnet.mri.sampling import GoldenRatioMask, PoissonDiscMask
@@ -137,6 +139,35 @@ def test_maps_of_a_movie_come_from_all_its_frames(movie: Path) -> None:
     assert found.shape == full.shape == (4, 1, 20, 18)
     shown = (full.abs().sum(0) > 0) & (found.abs().sum(0) > 0)
     assert (found.conj() * full).sum(0).abs()[shown].median() > 0.99
+
+
+@pytest.mark.parametrize("is_movie", [False, True], ids=["volume", "movie"])
+def test_maps_come_of_a_reference_scan_where_the_centre_has_gaps(
+    is_movie: bool, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Of a scan of three times the signal, which must not become part of the image, in the same virtual coils."""
+    source = request.getfixturevalue("movie" if is_movie else "volume")
+    data = LoadKspaced("image", movie=is_movie, n_coils=4, noise=0)({"image": str(source)})
+    kspace = data["kspace"].as_tensor()
+    whole = (kspace.movedim(0, 1)[..., None] if is_movie else image_to_kspace(kspace, (1,))[None]).numpy()
+    sampled = np.zeros((whole.shape[0] + 1, *whole.shape[3:]), bool)
+    sampled[:, ::2] = sampled[-1] = True
+    write_ismrmrd(tmp_path / "raw.h5", np.concatenate([whole, 3 * whole[:1]]), sampled, AFFINE)
+    with h5py.File(tmp_path / "raw.h5", "r+") as file:
+        rows = file["dataset/data"][()]
+        reference = rows["head"]["idx"]["phase"] == whole.shape[0]
+        rows["head"]["flags"][reference], rows["head"]["idx"]["phase"][reference] = 1 << 19, 0
+        file["dataset/data"][...] = rows
+        xml = file["dataset/xml"][0].decode()
+        mode = "<parallelImaging><calibrationMode>separate</calibrationMode></parallelImaging></encoding>"
+        file["dataset/xml"][0] = xml.replace("</encoding>", mode)
+    read = LoadKspaced("image", movie=is_movie)({"image": str(tmp_path / "raw.h5")})
+    torch.testing.assert_close(read["kspace"].as_tensor(), kspace * read["mask"], rtol=1e-4, atol=1e-5)
+    found = EstimateMapsd(12, 5)(CompressCoilsd(n_coils=4)(read))
+    assert "calibration" not in found
+    csm, coils = found["csm"], kspace_to_image(compress_coils(kspace, 4, read["kspace"].as_tensor()), (-2, -1))
+    combined = (csm.conj() * coils).sum(0)
+    assert (coils - csm * combined).norm() < 0.1 * coils.norm()
 
 
 def test_slabs_lie_where_there_is_something() -> None:
