@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from memnet.accounting.dry_run import Ledger, simulation
+from memnet.tracing import is_traced
 
 __all__ = ["fit_to_budget", "parse_bytes"]
 
@@ -62,7 +63,7 @@ def fit_to_budget(module: nn.Module, budget: int | float | str | None, inputs: S
     Warns:
         UserWarning: nothing can be stored, since even then the budget is exceeded, or the module cannot be simulated.
     """
-    if budget is None or not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if budget is None or not torch.is_grad_enabled() or is_traced():
         return
     chains = list(_chains(module))
     known = _CHOICES.setdefault(module, {})

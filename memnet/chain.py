@@ -14,6 +14,7 @@ from memnet.invertible import Invertible, Recorded
 from memnet.metadata import plain_tensor
 from memnet.recompute import Gradients, accumulate
 from memnet.strategies import pack, unpack
+from memnet.tracing import is_traced
 
 __all__ = ["Chain", "Memory", "set_memory"]
 
@@ -84,11 +85,7 @@ class Chain(nn.ModuleList):
             raise ValueError(f"segment must be at least 1, got {segment}")
         if on_drift not in ("raise", "rerun"):
             raise ValueError(f"on_drift must be 'raise' or 'rerun', got {on_drift!r}")
-        grids = [block.fraction_bits for block in self if isinstance(block, Invertible | Chain)]
-        bits = {bits for bits in grids if bits is not None}
-        if len(bits) > 1:
-            raise ValueError(f"the blocks of a chain must share one grid, got fraction_bits {sorted(bits)}")
-        self.fraction_bits: int | None = bits.pop() if bits else None
+        self.fraction_bits = _shared_grid(self)
         self.segment = segment
         self.on_drift = on_drift
         if memory_budget is not None:
@@ -151,8 +148,9 @@ class Chain(nn.ModuleList):
             The last block's tensor, or tuple of tensors.
 
         Raises:
-            ValueError: a strategy other than ``store`` meets blocks that are sharded one by one.
+            ValueError: a strategy other than ``store`` meets blocks that are sharded one by one, or DataParallel.
         """
+        self.fraction_bits = _shared_grid(self)  # of blocks that were added since, too
         if self.memory == "store" or not _differentiates(self, state):
             return unpack(self._run(*state))
         _require_whole_parameters(self)
@@ -208,12 +206,12 @@ class Chain(nn.ModuleList):
     @torch.jit.unused
     def record(self, *state: torch.Tensor) -> Recorded:
         """See :meth:`memnet.Invertible.record`."""
-        return self._record([state], False)
+        return self._record([tuple(self._on_grid(list(state)))], self._rounds and self.fraction_bits is not None)
 
     @torch.jit.unused
     def record_over(self, *state: torch.Tensor) -> Recorded:
         """See :meth:`memnet.Invertible.record_over`."""
-        return self._record([state], True)
+        return self._record([tuple(self._on_grid(list(state)))], True)
 
     @torch.jit.unused
     def _record(self, held: list[tuple[torch.Tensor, ...]], owned: bool) -> Recorded:
@@ -226,7 +224,7 @@ class Chain(nn.ModuleList):
             state = recorded.state
             held.append(state)
             if block.fraction_bits is not None:
-                magnitudes += [magnitude(x) for x in state[:2] if x.is_floating_point()]
+                magnitudes += [magnitude(x) for x in state[:2] if x.is_floating_point() and x.numel()]
             records.append(recorded._replace(state=()))
             del recorded, state
         if self.fraction_bits is not None:
@@ -257,7 +255,19 @@ class Chain(nn.ModuleList):
         return held.pop(), held.pop(), parameter_gradients
 
 
+def _shared_grid(chain: Chain) -> int | None:
+    grids = [block.fraction_bits for block in chain if isinstance(block, Invertible | Chain)]
+    bits = {bits for bits in grids if bits is not None}
+    if len(bits) > 1:
+        raise ValueError(f"the blocks of a chain must share one grid, got fraction_bits {sorted(bits)}")
+    return bits.pop() if bits else None
+
+
 def _require_whole_parameters(chain: Chain) -> None:
+    if getattr(chain, "_is_replica", False):  # whose parameters are attributes like any others
+        raise ValueError(
+            f'memory="{chain.memory}" needs DistributedDataParallel in place of DataParallel, or memory="store"'
+        )
     for name, parameter in chain.named_parameters():
         if hasattr(parameter, "full_tensor"):  # FSDP2's DTensor, which a block's own hooks would gather too late
             raise ValueError(
@@ -310,7 +320,7 @@ def _switch(module: nn.Module, memory: Memory | Literal["auto"]) -> bool:
 
 
 def _differentiates(chain: Chain, state: tuple[torch.Tensor, ...]) -> bool:
-    """Tell whether a backward pass may follow; exports and inference see plain modules."""
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    """Tell whether a backward pass may follow; exports, inference and ``torch.func`` see plain modules."""
+    if not torch.is_grad_enabled() or is_traced():
         return False
     return any(x.requires_grad for x in state) or any(p.requires_grad for p in chain.parameters())

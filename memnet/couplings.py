@@ -1,5 +1,6 @@
 """Additive couplings: residual blocks on two streams that are inverted by subtraction."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,11 +12,14 @@ from torch.autograd.function import once_differentiable
 from memnet.grid import FRACTION_BITS, add_on_grid, add_on_grid_, as_stream
 from memnet.invertible import Invertible, Recorded
 from memnet.metadata import plain_tensor
-from memnet.normalization import activations_in_place
-from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
+from memnet.normalization import run_in_place
+from memnet.recompute import Gradients, Guarded, Replay, accumulate, guarded, replay_with_grad
 from memnet.tiles import Slices, Tile, TiledCall, require_tileable
+from memnet.tracing import is_traced
 
 __all__ = ["AdditiveCoupling", "ChannelMerge", "ChannelSplit"]
+
+_ALONE = 2  # references to what one has, and to count which another is needed
 
 
 class AdditiveCoupling(Invertible):
@@ -75,11 +79,11 @@ class AdditiveCoupling(Invertible):
         if torch.jit.is_scripting():
             y1 = add_on_grid(x1, self.f(x2), self.fraction_bits)
             y2 = add_on_grid(x2, self.g(y1), self.fraction_bits)
-        elif self.tile is not None and not torch.jit.is_tracing() and not torch.compiler.is_exporting():
+        elif self.tile is not None and not is_traced():
             return self._plain_in_tiles(x1, x2) + state[2:]
         else:
-            y1 = add_on_grid(x1, _guarded(self.f, x2), self.fraction_bits)
-            y2 = add_on_grid(x2, _guarded(self.g, y1), self.fraction_bits)
+            y1 = add_on_grid(x1, guarded(self.f, x2), self.fraction_bits)
+            y2 = add_on_grid(x2, guarded(self.g, y1), self.fraction_bits)
         return [y1, y2] + state[2:]
 
     @torch.jit.unused
@@ -91,8 +95,8 @@ class AdditiveCoupling(Invertible):
             self._add(x2, TiledCall(self.g, x1.shape, self.tile).first(x1), -1.0)
             self._add(x1, TiledCall(self.f, x2.shape, self.tile).first(x2), -1.0)
             return x1, x2, *rest
-        x2 = add_on_grid(y2, _guarded(self.g, y1), self.fraction_bits, -1.0)
-        x1 = add_on_grid(y1, _guarded(self.f, x2), self.fraction_bits, -1.0)
+        x2 = add_on_grid(y2, guarded(self.g, y1), self.fraction_bits, -1.0)
+        x1 = add_on_grid(y1, guarded(self.f, x2), self.fraction_bits, -1.0)
         return x1, x2, *rest
 
     @torch.jit.unused
@@ -102,7 +106,7 @@ class AdditiveCoupling(Invertible):
         if self.tile is not None:
             return self.record_over(x1.clone(), x2.clone(), *rest)
         x1, x2 = as_stream(x1), as_stream(x2)
-        replay_f, replay_g = Replay(_Guarded(self.f)), Replay(_Guarded(self.g))
+        replay_f, replay_g = (Replay(Guarded(branch, run_in_place)) for branch in (self.f, self.g))
         y1 = add_on_grid(x1, replay_f.first(x2)[0], self.fraction_bits)
         y2 = add_on_grid(x2, replay_g.first(y1)[0], self.fraction_bits)
         return Recorded((y1, y2, *rest), (replay_f, replay_g))
@@ -136,15 +140,15 @@ class AdditiveCoupling(Invertible):
         (branch,), pull = replay_with_grad([replay_g], [y1])
         x2 = add_on_grid(y2, branch, self.fraction_bits, -1.0)
         del branch, y2
-        (step,), parameter_gradients = pull([d2])
-        d1 = _sum(d1, step, [d2, *parameter_gradients.values()])
-        del pull, step
+        steps, parameter_gradients = pull([d2])
+        d1 = _sum(d1, steps)
+        del pull
 
         (branch,), pull = replay_with_grad([replay_f], [x2])
         x1 = add_on_grid(y1, branch, self.fraction_bits, -1.0)
         del branch, y1
-        (step,), more = pull([d1])
-        d2 = _sum(d2, step, [d1, *more.values()])
+        steps, more = pull([d1])
+        d2 = _sum(d2, steps)
         accumulate(parameter_gradients, more)
         return (x1, x2, *rest), [d1, d2, *d_rest], parameter_gradients
 
@@ -204,46 +208,18 @@ class _InTiles(torch.autograd.Function):
         return None, None, d1, d2, *(found.get(p) for p in ctx.parameters)
 
 
-def _guarded(branch: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Call a branch so that its input survives, or refuse."""
-    first = branch
-    while isinstance(first, nn.Sequential) and len(first) > 0:
-        first = first[0]
-    if getattr(first, "inplace", False):
-        return branch(x.clone())
-    version = x._version
-    y = branch(x)
-    if x._version != version:
-        raise RuntimeError(
-            f"{type(branch).__name__}, a branch of AdditiveCoupling, changes its input in place; the coupling still needs "
-            "that input. Make the branch's first operation out of place."
-        )
-    return y
+def _sum(gradient: torch.Tensor, steps: list[torch.Tensor | None]) -> torch.Tensor:
+    """Add what came back through a branch, taken out of a list, to a stream's gradient; in its memory if nobody else has it.
 
-
-def _sum(gradient: torch.Tensor, step: torch.Tensor | None, others: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Add what came back through a branch to a stream's gradient, in the memory of ``step`` where no other has it too."""
+    Autograd hands one tensor to several (the identity hands on the source, a sum the same to both of its terms), and a hook
+    may keep it.
+    """
+    step = steps.pop()
     if step is None:
         return gradient
     storage = step.untyped_storage()
-    # Autograd may hand one tensor to several: the identity hands on the source, a sum the same to both of its terms.
-    shared = any(storage._cdata == other.untyped_storage()._cdata for other in others)
-    if storage.nbytes() == step.nbytes and not shared:
-        return step.add_(gradient)
-    return gradient + step
-
-
-class _Guarded(nn.Module):
-    """A branch as a module whose input survives, for :class:`Replay`."""
-
-    def __init__(self, branch: nn.Module) -> None:
-        super().__init__()
-        self.branch = branch
-        self.training = branch.training
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with activations_in_place(self.branch):
-            return _guarded(self.branch, x)
+    alone = sys.getrefcount(step) <= _ALONE and torch._C._storage_Use_Count(storage._cdata) <= _ALONE
+    return step.add_(gradient) if alone and storage.nbytes() == step.nbytes else gradient + step
 
 
 class ChannelSplit(Invertible):

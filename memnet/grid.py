@@ -1,5 +1,7 @@
 """The fixed grid on which additions of floating-point numbers, and so their inverses, are exact."""
 
+from typing import Any
+
 import torch
 
 __all__ = [
@@ -48,8 +50,7 @@ def round_to_grid(x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
         fraction_bits: ``k``; see :func:`grid_step`.
     """
     if not torch.jit.is_scripting():
-        tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        if torch.is_grad_enabled() and x.requires_grad and not tracing:
+        if _differentiates([x]):
             return _RoundToGrid.apply(x, fraction_bits)
     step = grid_step(x.dtype, fraction_bits)
     # Powers of two: the products are exact, only the rounding itself changes the value.
@@ -59,9 +60,15 @@ def round_to_grid(x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
 class _RoundToGrid(torch.autograd.Function):
     """Rounding whose gradient is that of the identity."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
+    def forward(x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
         return round_to_grid(x, fraction_bits)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
@@ -86,8 +93,7 @@ def add_on_grid(
     if fraction_bits is None:
         return torch.add(stream, branch.to(stream.dtype), alpha=sign)
     if not torch.jit.is_scripting():
-        tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        if torch.is_grad_enabled() and (stream.requires_grad or branch.requires_grad) and not tracing:
+        if _differentiates([stream, branch]):
             return _AddOnGrid.apply(stream, branch, fraction_bits, sign)
     step = grid_step(stream.dtype, fraction_bits)
     counts = (branch.to(stream.dtype) * (1.0 / step)).round_()
@@ -107,14 +113,26 @@ def add_on_grid_(
 class _AddOnGrid(torch.autograd.Function):
     """Addition on the grid, with the gradient of an addition."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, stream: torch.Tensor, branch: torch.Tensor, fraction_bits: int, sign: float) -> torch.Tensor:
-        ctx.dtype, ctx.sign = branch.dtype, sign
+    def forward(stream: torch.Tensor, branch: torch.Tensor, fraction_bits: int, sign: float) -> torch.Tensor:
         return add_on_grid(stream, branch, fraction_bits, sign)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.dtype, ctx.sign = inputs[1].dtype, inputs[3]
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return gradient, (gradient if ctx.sign == 1 else gradient * ctx.sign).to(ctx.dtype), None, None
+
+
+def _differentiates(tensors: list[torch.Tensor]) -> bool:
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    # Under torch.func a tensor does not say whether an outer transform differentiates it.
+    return torch._C._are_functorch_transforms_active() or any(x.requires_grad for x in tensors)
 
 
 class OutOfRangeError(OverflowError):

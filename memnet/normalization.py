@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["NormLeakyReLU", "activate", "activations_in_place", "slabs", "wide"]
+from memnet.tracing import is_traced
+
+__all__ = ["NormLeakyReLU", "activate", "run_in_place", "slabs", "wide"]
 
 
 class NormLeakyReLU(ADN):
@@ -30,7 +30,7 @@ class NormLeakyReLU(ADN):
         spatial_dims: 1, 2 or 3.
 
     Raises:
-        ValueError: at run time, if there is one voxel, which has no variance.
+        ValueError: at run time, if there is one voxel, which has no variance, or none.
 
     References:
         Instance normalization: the missing ingredient for fast stylization (Ulyanov et al., 2016),
@@ -47,7 +47,7 @@ class NormLeakyReLU(ADN):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, ...)`` to the same shape."""
         if not torch.jit.is_scripting():
-            if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+            if not is_traced():
                 return self.fused(x)
         for module in self:
             x = module(x)
@@ -56,7 +56,7 @@ class NormLeakyReLU(ADN):
     @torch.jit.unused
     def fused(self, x: torch.Tensor) -> torch.Tensor:
         """Compute both at once."""
-        if x[0, 0].numel() == 1:
+        if x.shape[0] == 0 or math.prod(x.shape[2:]) <= 1:
             raise ValueError(f"instance norm needs more than one voxel, got an input of shape {tuple(x.shape)}")
         norm: Any = self.N
         act: Any = self.A
@@ -177,23 +177,13 @@ def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(parts)).sum(0)
 
 
-@contextmanager
-def activations_in_place(module: nn.Module) -> Iterator[None]:
-    """Let each leaky ReLU that follows a layer which does not need its own output write over that."""
-    changed: list[Any] = [
-        after
-        for sequence in module.modules()
-        if type(sequence) is nn.Sequential
-        for before, after in pairwise(sequence)
-        if _may_overwrite(before, after)
-    ]
-    for after in changed:
-        after.forward = partial(_overwrite, slope=after.negative_slope)
-    try:
-        yield
-    finally:
-        for after in changed:
-            del after.forward
+def run_in_place(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Call a module; leaky ReLUs of a sequence write over what the layer before returned where that does not need it."""
+    if type(module) is not nn.Sequential or _is_watched(module):
+        return module(x)
+    for before, layer in pairwise([None, *module]):
+        x = activate(layer, x, before) if _may_overwrite(before, layer) else run_in_place(layer, x)
+    return x
 
 
 def activate(activation: Any, x: torch.Tensor, before: nn.Module | None) -> torch.Tensor:
@@ -206,8 +196,13 @@ def activate(activation: Any, x: torch.Tensor, before: nn.Module | None) -> torc
 def _may_overwrite(before: Any, after: Any) -> bool:
     if type(after) is not nn.LeakyReLU or after.negative_slope < 0:
         return False
-    hooks = after._forward_hooks or after._forward_pre_hooks or getattr(before, "_forward_hooks", None)
-    return isinstance(before, nn.GroupNorm | _NormBase | _ConvNd) and not hooks
+    if not isinstance(before, nn.GroupNorm | _NormBase | _ConvNd):
+        return False
+    return not (before._forward_hooks or _is_watched(after))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _overwrite(x: torch.Tensor, slope: float) -> torch.Tensor:

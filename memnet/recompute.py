@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._prims_common import suggest_memory_format
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Replay", "SideEffects", "replay_with_grad"]
+__all__ = ["Guarded", "Replay", "SideEffects", "guarded", "replay_with_grad"]
 
 Gradients = dict[nn.Parameter, torch.Tensor]
 PullBack = Callable[[Sequence[torch.Tensor | None]], tuple[list[torch.Tensor | None], Gradients]]
@@ -18,11 +17,12 @@ PullBack = Callable[[Sequence[torch.Tensor | None]], tuple[list[torch.Tensor | N
 class Replay:
     """One call of a module, remembered well enough to be repeated bit for bit.
 
-    The first call notes the parameters, the autocast state, the inputs' memory format, which modules are in training mode
+    The first call notes the parameters, the autocast state, the inputs' strides, which modules are in training mode
     and the buffers of these (batch statistics, power iterations), and the state of the random generators if the call drew
     from them. A repetition runs under all of these, leaves the module's buffers and the global random state untouched, and
     uses aliases of the parameters, so that hooks registered on parameters see one gradient a step and not two. In neither
-    does cuDNN measure which of its algorithms is the fastest (``torch.backends.cudnn.benchmark``).
+    does cuDNN measure which of its algorithms is the fastest (``torch.backends.cudnn.benchmark``). While it runs, the module
+    holds the aliases: one thread at a time may train it.
 
     Args:
         module: the module to call.
@@ -33,7 +33,7 @@ class Replay:
         self._parameters: dict[str, tuple[nn.Parameter, int]] = {}
         self._modes: list[tuple[nn.Module, bool]] = []
         self._autocast: list[tuple[str, bool, torch.dtype]] = []
-        self._formats: list[torch.memory_format] = []
+        self._strides: list[tuple[int, ...] | None] = []
         self._buffers: dict[str, torch.Tensor] = {}
         self._statistics: list[str] = []
         self._random: tuple[torch.Tensor, dict[int, torch.Tensor]] | None = None
@@ -42,7 +42,7 @@ class Replay:
         """Call the module, remembering what a repetition needs."""
         types = sorted({"cpu"} | {x.device.type for x in inputs})
         self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
-        self._formats = [suggest_memory_format(x) for x in inputs]
+        self._strides = [x.stride() if _is_dense(x) else None for x in inputs]
         # Noted now, not looked up later: inside the repetition of a surrounding chain these are that chain's aliases.
         self._parameters = {name: (p, p._version) for name, p in _named_parameters(self.module)}
         self._modes = [(child, child.training) for child in self.module.modules()]
@@ -64,7 +64,7 @@ class Replay:
         """Repeat the call.
 
         Args:
-            inputs: the inputs of the first call, bit for bit, in whatever memory format.
+            inputs: the inputs of the first call, bit for bit, with whatever strides.
             aliases: tensors to use in place of the parameters; the missing ones are made and added.
 
         Raises:
@@ -84,10 +84,7 @@ class Replay:
         substitutes |= {name: buffer.clone() for name, buffer in self._buffers.items()}
         substitutes |= {name: self.module.get_buffer(name).clone() for name in self._statistics}
         # Other strides are another order of summation, which an inverse that came by another way may have brought along.
-        inputs = tuple(
-            x if suggest_memory_format(x) == noted else x.contiguous(memory_format=noted)
-            for x, noted in zip(inputs, self._formats, strict=True)
-        )
+        inputs = tuple(_with_strides(x, noted) for x, noted in zip(inputs, self._strides, strict=True))
         with ExitStack() as stack:
             stack.enter_context(_training_modes(self._modes))
             stack.enter_context(_unmeasured_convolutions())
@@ -175,6 +172,60 @@ def accumulate(total: Gradients, more: Gradients) -> None:
     """Add the gradients of one call to the running sums."""
     for parameter, gradient in more.items():
         total[parameter] = total[parameter] + gradient if parameter in total else gradient
+
+
+def guarded(module: nn.Module, *inputs: torch.Tensor, run: Callable[..., Any] = nn.Module.__call__) -> Any:
+    """Call a module, or another function of it and the inputs, so that the inputs survive.
+
+    Raises:
+        RuntimeError: it changes one in place, and not by a first operation that says so (``inplace=True``).
+    """
+    first = module
+    while isinstance(first, nn.Sequential) and len(first) > 0:
+        first = first[0]
+    if getattr(first, "inplace", False):
+        return run(module, *(x.clone() for x in inputs))
+    versions = [_version(x) for x in inputs]
+    outputs = run(module, *inputs)
+    if versions != [_version(x) for x in inputs]:
+        raise RuntimeError(
+            f"{type(module).__name__} changes its input in place, which is still needed. Make its first operation out of place."
+        )
+    return outputs
+
+
+class Guarded(nn.Module):
+    """A module whose inputs survive, see :func:`guarded`."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any] = nn.Module.__call__) -> None:
+        super().__init__()
+        self.module, self.run = module, run
+        self.training = module.training
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """Call the module."""
+        return guarded(self.module, *inputs, run=self.run)
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    extent = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride != extent:
+            return False
+        extent *= size
+    return True
+
+
+def _with_strides(x: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
+    if strides is None or x.stride() == strides:
+        return x
+    if all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True)):
+        return x.as_strided(x.shape, strides)
+    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def _as_tuple(state: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

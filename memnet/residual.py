@@ -5,6 +5,7 @@ from torch import nn
 
 from memnet.grid import FRACTION_BITS, add_on_grid, as_stream
 from memnet.invertible import DriftError, Invertible, Recorded
+from memnet.recompute import guarded
 
 __all__ = ["InvertibleResidual"]
 
@@ -26,6 +27,7 @@ class InvertibleResidual(Invertible):
 
     Raises:
         ValueError: ``max_iterations`` is less than 1.
+        RuntimeError: at run time, if ``f`` changes its input in place.
         memnet.DriftError: at run time, when the inverse has not reached the tolerance; the message says how far it got.
 
     References:
@@ -53,7 +55,8 @@ class InvertibleResidual(Invertible):
     def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
         """Map ``[x, *rest]`` to ``[y, *rest]``, ``x`` of shape ``(B, C, ...)``."""
         x = as_stream(state[0])
-        return [add_on_grid(x, self.f(x), self.fraction_bits)] + state[1:]
+        increment = self.f(x) if torch.jit.is_scripting() else guarded(self.f, x)
+        return [add_on_grid(x, increment, self.fraction_bits)] + state[1:]
 
     @torch.jit.unused
     def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from memnet.grid import OutOfRangeError
 from memnet.invertible import DriftError, Recorded
-from memnet.recompute import Gradients, Replay, SideEffects, accumulate, replay_with_grad
+from memnet.recompute import Gradients, Guarded, Replay, SideEffects, accumulate, replay_with_grad
 
 if TYPE_CHECKING:
     from memnet.chain import Chain
@@ -77,8 +77,7 @@ class _Invert(torch.autograd.Function):
     def forward(
         ctx, chain: Chain, basket: _Basket, n_state: int, parameters: list[nn.Parameter], *tensors: torch.Tensor
     ):
-        rounded = chain._rounds and chain.fraction_bits is not None  # so that the state is the chain's own
-        recorded = chain._record([tuple(chain._on_grid(list(tensors[:n_state])))], rounded)
+        recorded = chain.record(*tensors[:n_state])
         ctx.chain, ctx.basket, ctx.n_state, ctx.parameters = chain, basket, n_state, parameters
         ctx.set_materialize_grads(False)
         ctx.replays, ctx.n_outputs = recorded.replays, len(recorded.state)
@@ -135,7 +134,8 @@ class _Rerun(torch.autograd.Function):
     @staticmethod
     def forward(ctx, blocks: list[nn.Module], leaf: int, n_state: int, parameters: list[nn.Parameter], *tensors):
         state = tensors[:n_state]
-        ctx.replays, ctx.leaf, ctx.n_state, ctx.parameters = [Replay(b) for b in blocks], leaf, n_state, parameters
+        ctx.replays = [Replay(Guarded(b) if i % leaf == 0 else b) for i, b in enumerate(blocks)]
+        ctx.leaf, ctx.n_state, ctx.parameters = leaf, n_state, parameters
         ctx.save_for_backward(*state)
         for replay in ctx.replays:
             state = replay.first(*state)

@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from memnet.normalization import NormLeakyReLU, activate, slabs, wide
 from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
+from memnet.tracing import is_traced
 
 __all__ = ["Tile", "TiledCall", "require_tileable", "run_in_tiles"]
 
@@ -52,7 +53,7 @@ def run_in_tiles(module: nn.Module, x: torch.Tensor, halo: int, size: Sequence[i
         ValueError: ``halo`` or ``size`` is negative, or there are more sizes than dimensions.
     """
     call = TiledCall(module, x.shape, size, halo)
-    if len(call) == 1 or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if len(call) == 1 or is_traced():
         return module(x)
     parameters = list(module.parameters())
     return _Tiled.apply(call, parameters, x, *parameters)

@@ -240,3 +240,25 @@ def test_outputs_that_are_unused_or_watched():
         found[memory] = {}, gradients | {"y1": y1.grad}
     assert found["store"][1]["0.f.2.weight"].abs().sum() > 0
     assert differing(found["invert"], found["store"]) == []
+
+
+def test_blocks_that_are_added_later_share_the_grid():
+    chain = Chain([ChannelSplit()])
+    chain.extend([AdditiveCoupling(branch(), branch()) for _ in range(2)])
+    chain.append(ChannelMerge())
+    check_parity(chain, streams(2, 6, 5, n=1))
+
+
+def test_a_nested_chain_rounds_what_comes_off_the_grid():
+    def coupling(fraction_bits):
+        return AdditiveCoupling(branch(), branch(), fraction_bits)
+
+    chain, inputs = Chain([coupling(None), Chain([coupling(8)]), coupling(None)]), streams()
+    stored = step(chain, inputs, "store")
+    for memory in MEMORIES:
+        found = step(chain, inputs, memory)
+        assert all(map(torch.equal, found[0].values(), stored[0].values())), memory
+
+
+def test_an_empty_batch():
+    check_parity(couplings(2), streams(0, 3, 5))

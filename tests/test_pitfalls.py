@@ -10,7 +10,9 @@ from checks import MEMORIES, Net, check_parity, couplings, differing, step, stre
 from monai.data import MetaTensor
 from torch import nn
 
+from memnet import Chain, set_memory
 from memnet.accounting.live_memory import peak_live_bytes
+from memnet.normalization import NormLeakyReLU
 
 every_memory = pytest.mark.parametrize("memory", MEMORIES)
 
@@ -258,3 +260,78 @@ def test_activation_checkpointing_around_the_chain(memory):
     around = step(Outer(), inputs)
     for name, value in stored[1].items():
         assert torch.equal(around[1][name if name.startswith("input") else f"chain.{name}"], value)
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "recursive"])
+def test_blocks_in_place(memory):
+    blocks = [nn.Conv1d(3, 3, 1), nn.ELU(inplace=True), nn.Conv1d(3, 3, 1), nn.LeakyReLU(0.3, inplace=True), nn.Tanh()]
+    net = nn.Sequential(nn.Tanh(), Chain(blocks, segment=1))
+    gradients = {}
+    for name in ("store", memory):
+        set_memory(net, name)
+        gradients[name] = torch.autograd.grad(weigh(net(streams(n=1)[0].fill_(0.5))), list(net.parameters()))
+    assert all(map(torch.equal, *gradients.values()))
+
+
+@every_memory
+@pytest.mark.parametrize("between", [nn.Conv1d(3, 3, 1), nn.Tanh()])
+def test_one_activation_for_several_layers(memory, between):
+    def make():
+        act = nn.LeakyReLU()
+        return nn.Sequential(nn.Conv1d(3, 3, 1), act, copy.deepcopy(between), act, nn.Conv1d(3, 3, 1))
+
+    chain, inputs = couplings(2, make), streams()
+    assert differing(step(chain, inputs, memory), step(chain, inputs, "store")) == []
+
+
+@pytest.mark.parametrize("keep", [lambda gradient: gradient, torch.Tensor.detach])
+def test_gradients_that_a_hook_keeps_stay_as_they_are(keep):
+    chain, inputs, kept = couplings(2, lambda: nn.Sequential(nn.Conv1d(3, 3, 3, padding=1))), streams(), []
+    chain[0].f.register_full_backward_hook(lambda module, gradients, _: kept.append(keep(gradients[0])))
+    for memory in ("store", "invert"):
+        step(chain, inputs, memory)
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize("memory", ["store", *MEMORIES])
+def test_inference_mode(memory):
+    chain, inputs = with_norm(), streams()
+    chain.memory = memory
+    with torch.inference_mode():
+        found = chain(*inputs)
+    assert all(map(torch.equal, found, chain(*inputs)))
+
+
+@pytest.mark.parametrize("memory", ["store", *MEMORIES])
+def test_torch_func(memory):
+    """Transforms of functions see plain modules under every strategy: gradients, one for each sample, through either order."""
+    chain, inputs = with_norm(), streams()
+    gradients = step(chain, inputs, memory)[1]
+    parameters = {name: p.detach() for name, p in chain.named_parameters()}
+
+    def loss(parameters, *state):
+        return weigh(torch.func.functional_call(chain, parameters, state))
+
+    def loss_of_one(parameters, *state):
+        return torch.stack(
+            [y.sum() for y in torch.func.functional_call(chain, parameters, tuple(x[None] for x in state))]
+        ).sum()
+
+    found = torch.func.grad(loss)(parameters, *inputs)
+    each = torch.func.vmap(torch.func.grad(loss_of_one), (None, 0, 0))(parameters, *inputs)
+    total = torch.func.grad(lambda p: torch.func.vmap(loss_of_one, (None, 0, 0))(p, *inputs).sum())(parameters)
+    for name in parameters:
+        torch.testing.assert_close(found[name], gradients[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(each[name].sum(0), total[name], rtol=1e-5, atol=1e-5)
+    assert max(gradient.abs().max() for gradient in total.values()) > 1
+
+
+def with_norm():
+    return couplings(2, lambda: nn.Sequential(NormLeakyReLU(3, 1), nn.Conv1d(3, 3, 1)))
+
+
+def test_a_replica_of_data_parallel_is_refused():
+    chain = couplings(2)._replicate_for_data_parallel()
+    chain.memory = "invert"
+    with pytest.raises(ValueError, match="DistributedDataParallel in place of DataParallel"):
+        chain(*[x.requires_grad_() for x in streams()])

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from memnet import AdditiveCoupling, Chain
+from memnet.normalization import NormLeakyReLU
 from memnet.recompute import Replay, replay_with_grad
 
 every_memory = pytest.mark.parametrize("memory", MEMORIES)
@@ -239,3 +240,18 @@ def test_two_forward_passes_before_backward(memory):
         sum(losses).backward()
     for p, q in zip(chain.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["permuted", "one channel"])
+def test_streams_of_unusual_strides(case):
+    """The order of the strides is the order of summation: an inverse must have them too."""
+
+    def make():
+        return nn.Sequential(NormLeakyReLU(n_channels, 3), nn.Conv3d(n_channels, n_channels, 3, padding=1))
+
+    n_channels = 4 if case == "permuted" else 1
+    if case == "permuted":
+        inputs = [x.transpose(2, 4) for x in streams(2, 4, 9, 7, 8)]
+    else:  # a batch of 1 with one channel is contiguous in either format
+        inputs = [x.to(memory_format=torch.channels_last_3d) for x in streams(1, 1, 8, 9, 7)]
+    check_parity(couplings(3, make), inputs)

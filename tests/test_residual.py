@@ -118,3 +118,17 @@ def test_tolerance_decides_what_is_accepted():
 def test_no_iterations_are_refused():
     with pytest.raises(ValueError, match="got 0"):
         InvertibleResidual(nn.Identity(), max_iterations=0)
+
+
+def test_a_branch_in_place_leaves_its_input_alone():
+    f = nn.Sequential(nn.ELU(inplace=True), nn.Conv1d(3, 3, 1))
+    (x,) = streams(n=1)
+    with torch.no_grad():
+        torch.testing.assert_close(InvertibleResidual(f, fraction_bits=None)(x), x + f(x.clone()))
+        with pytest.raises(RuntimeError, match="ReLU_ changes its input in place"):
+            InvertibleResidual(ReLU_())(x)
+
+
+class ReLU_(nn.Module):  # noqa: N801 (as PyTorch names what works in place)
+    def forward(self, x):
+        return x.relu_()
