@@ -66,8 +66,10 @@ class SenseOperator:
         return _Linear.apply(self._check(image, self.csm[:, 0]), self._normal, self._normal)
 
     def _check(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        coils = like.dim() - len(self.csm.shape[2:]) - 1  # 0 of an image, 1 of k-space
+        fits = x.dim() == like.dim() and x.shape[1 : 1 + coils] == like.shape[1 : 1 + coils]
         shapes = zip(x.shape[1:], like.shape[1:], strict=False)
-        if not x.is_complex() or x.dim() != like.dim() or any(n not in (m, 1) and m != 1 for m, n in shapes):
+        if not x.is_complex() or not fits or any(n not in (m, 1) for m, n in shapes):
             raise ValueError(
                 f"expected a complex tensor of a shape like {tuple(like.shape)}, got {x.dtype}, {tuple(x.shape)}"
             )
@@ -91,9 +93,11 @@ class SenseOperator:
     def _normal(self, image: torch.Tensor) -> torch.Tensor:
         # The modulation of k-space commutes with the mask and cancels; that of the image commutes with the coil maps.
         centred = self._modulate(image, 0)
+        squared = self.mask if self.mask.dtype == torch.bool else self.mask.square()
         result: torch.Tensor | None = None
         for c in range(self.csm.shape[1]):
-            samples = torch.fft.fftn(centred * self.csm[:, c], dim=self.fft_dims, norm="ortho").mul_(self._coil_mask(c))
+            samples = torch.fft.fftn(centred * self.csm[:, c], dim=self.fft_dims, norm="ortho")
+            samples.mul_(squared[:, c if squared.shape[1] > 1 else 0])
             result = self._combine(result, samples, c)
         return self._modulate(_some(result), 0, conjugate=True)
 

@@ -1,5 +1,7 @@
 """The encoding operator: against its definition, its adjoint and its gradients."""
 
+import re
+
 import pytest
 import torch
 
@@ -61,6 +63,7 @@ def test_weights_between_zero_and_one_are_a_mask(case):
     weights = torch.rand(operator.mask.shape, device=image.device, dtype=torch.float64)
     weighted = SenseOperator(operator.csm, weights, len(operator.fft_dims))
     torch.testing.assert_close(weighted.forward(image), defined(weighted, image))
+    torch.testing.assert_close(weighted.normal(image), weighted.adjoint(weighted.forward(image)))
 
 
 def test_memory_of_the_normal_operator_does_not_grow_with_the_coils():
@@ -90,5 +93,14 @@ def test_what_does_not_fit_is_refused(csm, mask, fft_dims, message):
 
 def test_an_image_of_another_shape_is_refused():
     operator = SenseOperator(torch.zeros(1, 2, 4, 4, dtype=torch.complex64), torch.ones(1, 1, 4, 4))
-    with pytest.raises(ValueError, match=r"\(1, 3, 4\)"):
-        operator.normal(torch.zeros(1, 3, 4, dtype=torch.complex64))
+    for shape in ((1, 3, 4), (1, 1, 4)):  # a line would be encoded as an image of one line
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
+            operator.normal(torch.zeros(shape, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("n_coils", [1, 3])
+def test_kspace_of_other_coils_is_refused(n_coils):
+    for n_maps in {1, 2} - {n_coils}:
+        operator = SenseOperator(torch.zeros(1, n_maps, 4, 4, dtype=torch.complex64), torch.ones(1, 1, 4, 4))
+        with pytest.raises(ValueError, match=rf"\(1, {n_coils}, 4, 4\)"):
+            operator.adjoint(torch.zeros(1, n_coils, 4, 4, dtype=torch.complex64))
