@@ -64,7 +64,7 @@ def _iterate(normal: Map, right: torch.Tensor, mu: torch.Tensor, max_iterations:
     power = _dot(residual, residual)
     least = (tolerance**2 * power).detach()
     for _ in range(max_iterations):
-        active = power > least
+        active = (power > least) | ~power.isfinite()  # what is not finite goes on, and shows
         if tolerance > 0 and not bool(active.any()):  # a look at the values, for which a GPU stands still
             break
         image = torch.addcmul(normal(direction), direction, mu.to(right.dtype))

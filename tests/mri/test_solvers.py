@@ -119,3 +119,12 @@ def test_the_implicit_gradient_keeps_the_solution_alone(normal):
 def test_bad_arguments_are_refused(normal, arguments, message):
     with pytest.raises(ValueError, match=message):
         conjugate_gradient(normal, right_side(), 0.3, **arguments)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(value, tolerance):
+    right = torch.tensor([[value, 1.0], [1.0, 2.0]])
+    solution = conjugate_gradient(lambda x: x, right, 1.0, 5, tolerance)
+    assert solution[0].isnan().all()
+    torch.testing.assert_close(solution[1], right[1] / 2)
