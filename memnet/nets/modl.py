@@ -371,8 +371,10 @@ def _images_on_host(adjoint: torch.Tensor) -> AbstractContextManager[Any]:
         if x.dim() == 0 or x.data_ptr() == adjoint.data_ptr():
             return x.detach()
         if not x.is_cuda:  # past PyTorch's allocator, so that what a CPU run counts is what a GPU would hold
-            return x.device, torch.from_numpy(x.detach().resolve_conj().numpy().copy())
-        held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            bits = x.detach().resolve_conj()
+            bits = bits.view(torch.int16) if x.dtype == torch.bfloat16 else bits  # which NumPy does not know
+            return x.device, torch.from_numpy(bits.numpy().copy("K")).view(x.dtype)
+        held = torch.empty_like(x, device="cpu", pin_memory=True)
         held.copy_(x)
         return x.device, held
 

@@ -292,3 +292,14 @@ def test_the_papers_network_sees_its_halo_and_no_farther():
             p.fill_(0.1)
     (gradient,) = torch.autograd.grad(cnn(x)[0, 0, 10], x)
     assert gradient[0, 0].nonzero().flatten().tolist() == list(range(10 - cnn.halo, 10 + cnn.halo + 1))
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint"])
+def test_host_memory_under_autocast(memory):
+    kspace, csm, mask = example(*SHAPES["2D"][:2])
+    net, gradients = network(memory=memory), []
+    for net.host in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            image = net(kspace, csm, mask)
+        gradients.append(torch.autograd.grad(image.abs().sum(), list(net.parameters())))
+    assert all(map(torch.equal, *gradients))
