@@ -43,6 +43,27 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
 )
 
 
+class _Command(argparse.ArgumentParser):
+    """A command whose ``--help`` says what each option is where it is not given."""
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        action = super().add_argument(*names, **options)
+        if "default" not in (action.help or "") and action.default not in (None, False, [], argparse.SUPPRESS):
+            values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+            every = action.nargs in ("+", "*") and list(values) == action.choices
+            told = "all" if every else " ".join(map(str, values))
+            action.help = f"{action.help or ''} (default: {told})".lstrip()
+        return action
+
+
+class _Commands(argparse._SubParsersAction):
+    """Commands whose ``--help`` begins with what ``python -m memnet --help`` says of them, if they have no more to say."""
+
+    def add_parser(self, name: str, **options: Any) -> Any:
+        sentence = f"{options['help'][0].upper()}{options['help'][1:]}."
+        return super().add_parser(name, **{"description": sentence} | options)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -54,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m memnet", description="Commands of memnet.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", metavar="command", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="command", required=True, action=_Commands, parser_class=_Command
+    )
     for add_parser in COMMANDS:
         add_parser(commands)
     chosen = parser.parse_args(arguments)

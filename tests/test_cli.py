@@ -25,6 +25,23 @@ def test_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "score-tissue" in capsys.readouterr().out
 
 
+def test_help_says_what_a_command_does_and_what_options_are_by_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    told = {}
+    for command in ("memory", "unrolled", "score-reconstruction"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told[command] = capsys.readouterr().out
+    assert "\nMeasure memory and time of a training step of each network.\n" in told["memory"]
+    assert "timed steps of each; 0 measures memory alone (default: 3)" in told["memory"]
+    # options without words of their own, lists, every choice, nothing, and words that tell the default already
+    assert "(default: 8)" in told["unrolled"] and "(default: 24 64 192)" in told["unrolled"]
+    assert "(default: all)" in told["unrolled"] and "None" not in told["unrolled"]
+    assert "BART LLR; all by default\n" in told["score-reconstruction"]
+
+
 @pytest.mark.parametrize("arguments", [[], ["unknown"]])
 def test_wants_a_command(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
