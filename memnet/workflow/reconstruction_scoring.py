@@ -15,6 +15,7 @@ from monai.metrics import PSNRMetric
 
 from memnet.accounting.planner import read_override
 from memnet.benchmarks.tables import markdown_table, shown
+from memnet.datasets.kspace import RAW_SUFFIXES
 from memnet.nets.packed import unpack
 from memnet.transforms.kspace_outputs import CompareMagnitudesd
 from memnet.workflow.checkpoints import load_weights
@@ -22,6 +23,7 @@ from memnet.workflow.image_quality import NRMSEMetric, SliceSSIMMetric
 from memnet.workflow.pics import METHODS, Method
 from memnet.workflow.reconstruction_panels import write_pictures
 from memnet.workflow.scoring import write_scores
+from memnet.workflow.settings import check_output_folder
 
 __all__ = ["add_parser", "find_weight", "image_quality", "score_reconstruction"]
 
@@ -91,7 +93,7 @@ def score_reconstruction(
         bundle: folder of the bundle.
         dataset_dir: folder of fully sampled raw data, or of magnitudes, every one of which is scored.
         tuning_dir: another such folder, whose first case weights are tuned on.
-        output_dir: gets ``scores.csv``, ``scores.md``, and a picture of each case (and its movie).
+        output_dir: gets ``scores.csv``, ``scores.md``, and a picture of each case (and its movie), named as its file and slice.
         methods: words of :data:`memnet.workflow.pics.METHODS`; all if empty. What is not installed is left out, and said.
         overrides: overrides of the bundle's ``train.json`` and ``evaluate.json``, such as ``acceleration``.
 
@@ -109,21 +111,27 @@ def score_reconstruction(
     if unknown:
         raise ValueError(f"methods are {', '.join(known)}, got {', '.join(unknown)}")
     missing = [name for name in methods or known if not known[name].is_installed]
+    # what cannot be is refused before weights are searched for, which takes minutes
+    check_output_folder(folder)
+    evaluation = _evaluation(bundle, dataset_dir, overrides)
+    cases, network = evaluation.get_parsed_content("validate#dataset"), _network(evaluation)
     tuning_case = parser.get_parsed_content("validate#dataset")[0]
     weights: dict[str, float] = {}
     solvers: dict[str, Solver] = {}
     for name in methods or known:
         if name not in missing:
+            if known[name].weight:
+                print(f"{name}: trying weights on {Path(tuning_dir)}", flush=True)
             weights[name] = find_weight(known[name], [tuning_case])
             solvers[name] = partial(_reconstruct, known[name], weight=weights[name])
             print(f"{name}: weight {weights[name]:.2g}", flush=True)
-    parser = _evaluation(bundle, dataset_dir, overrides)
-    solvers[Path(bundle).resolve().name] = _network(parser)
+    solvers[Path(bundle).resolve().name] = network
 
     rows: list[dict[str, Any]] = []
-    for number, case in enumerate(parser.get_parsed_content("validate#dataset")):
+    for case in cases:
         file = Path(case["image"].meta["filename_or_obj"]).name
-        case_name = file.split(".")[0] + (f"_{number}" if movie else "")
+        case_name = next(file.removesuffix(suffix) for suffix in RAW_SUFFIXES if file.endswith(suffix))
+        case_name += f"_{case['slice_index']}" if "slice_index" in case else ""
         images: dict[str, torch.Tensor] = {}
         for name, solve in solvers.items():
             start = time.perf_counter()
@@ -153,7 +161,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--tuning_dir", required=True, help="another one, for the weights of regularisation")
     parser.add_argument("--output_dir", default="scores", help="folder of scores.csv, scores.md and the pictures")
-    parser.add_argument("--methods", nargs="*", default=[], help="which methods; all by default")
+    choices = "; of movies: ".join(", ".join(known) for known in METHODS.values())
+    parser.add_argument("--methods", nargs="*", default=[], help=f"some of: {choices}; all by default")
     parser.add_argument("--set", nargs="+", default=[], metavar="ID=VALUE", help="overrides of the bundle's evaluation")
     parser.set_defaults(function=_run)
 

@@ -15,7 +15,9 @@ from bundle_cases import WARNINGS
 from conftest import BUNDLES, phantom
 from PIL import Image
 
+from memnet.bundle import input_error
 from memnet.nets.packed import PackedMoDL
+from memnet.workflow import reconstruction_scoring
 from memnet.workflow.pics import METHODS, Method
 from memnet.workflow.reconstruction_panels import write_pictures
 from memnet.workflow.reconstruction_scoring import find_weight, image_quality, score_reconstruction
@@ -38,7 +40,7 @@ def weights(tmp_path: Path) -> Path:
 def volumes(folder: Path, *seeds: int) -> Path:
     folder.mkdir()
     for seed in seeds:
-        nib.save(nib.Nifti1Image(phantom((5, 24, 22), seed)[0], np.eye(4)), folder / f"t1_{seed}.nii.gz")
+        nib.save(nib.Nifti1Image(phantom((5, 24, 22), seed)[0], np.eye(4)), folder / f"t1.{seed}.nii.gz")
     return folder
 
 
@@ -53,7 +55,7 @@ def test_every_method_gets_the_same_data_and_a_row(weights: Path, tmp_path: Path
     with (tmp_path / "out" / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["case"], row["method"]) for row in rows] == [
-        (case, method) for case in ("t1_0", "t1_1") for method in (*methods, bundle.name)
+        (case, method) for case in ("t1.0", "t1.1") for method in (*methods, bundle.name)
     ]
     for zero, sense, network in (rows[:3], rows[3:]):
         assert float(zero["weight"]) == float(network["weight"]) == 0 < float(sense["weight"])
@@ -62,8 +64,21 @@ def test_every_method_gets_the_same_data_and_a_row(weights: Path, tmp_path: Path
     mean = np.mean([float(row["psnr"]) for row in rows if row["method"] == "CG-SENSE"])
     assert f"| {mean:.2f} |" in (tmp_path / "out" / "scores.md").read_text()
     # three columns and the reference
-    with Image.open(tmp_path / "out" / "t1_0.png") as picture:
+    with Image.open(tmp_path / "out" / "t1.0.png") as picture:
         assert picture.width == pytest.approx(110 * (4 * 2.44 + 0.04), abs=2)
+
+
+def test_slices_of_movies_are_named_by_their_files(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "movies").mkdir()
+    for name in ("a", "b"):
+        film = phantom((24, 22, 5), 3)[0][..., 2:3, None] * np.linspace(1, 1.2, 5)
+        nib.save(nib.Nifti1Image(film.astype(np.float32), np.eye(4)), tmp_path / "movies" / f"{name}.nii.gz")
+    options = {**SMALL, "ckpt_path": str(weights), "device": "cpu", "calibration_lines": 8}
+    folders = tmp_path / "movies", tmp_path / "movies", tmp_path / "out"
+    rows = score_reconstruction(BUNDLES / "cardiac_cine_recon_mel", *folders, ["zero-filled"], **options)
+    names = ["a_0", "b_0"]
+    assert [row["case"] for row in rows if row["method"] == "zero-filled"] == names
+    assert sorted(file.stem for file in (tmp_path / "out").glob("*.gif")) == names
 
 
 def test_scores_are_those_of_the_definition() -> None:
@@ -89,6 +104,22 @@ def test_the_weight_is_searched_until_it_gets_worse_on_both_sides() -> None:
     assert find_weight(Method(solve, 0.0625), [case]) == 0.5
     assert sorted(tried) == [0.0625, 0.125, 0.25, 0.5, 1.0]
     assert find_weight(Method(solve), [case]) == 0.0
+
+
+def test_what_cannot_be_is_refused_before_weights_are_searched_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = volumes(tmp_path / "volumes", 0)
+    monkeypatch.setattr(reconstruction_scoring, "find_weight", lambda *_: pytest.fail("a weight was searched for"))
+    knee, out = BUNDLES / "knee_mri_recon_mel", tmp_path / "out"
+    with pytest.raises(ValueError, match=r"nosuch\.pt"):
+        score_reconstruction(knee, folder, folder, out, ["CG-SENSE"], **SMALL, ckpt_path=str(tmp_path / "nosuch.pt"))
+    with pytest.raises(RuntimeError) as raised:
+        score_reconstruction(knee, tmp_path / "absent", folder, out, ["CG-SENSE"], **SMALL)
+    assert "absent" in str(input_error(raised.value))
+    with pytest.raises(ValueError, match="is no folder"):
+        score_reconstruction(knee, folder, folder, next(folder.iterdir()), ["CG-SENSE"], **SMALL)
+    assert not out.exists()
 
 
 def test_what_is_unknown_is_refused(tmp_path: Path) -> None:
