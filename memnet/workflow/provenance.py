@@ -84,7 +84,8 @@ def _digest(file: str | Path) -> str:
 
 
 def _processor() -> str:
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    return f"{platform.processor() or platform.machine()}, {n_threads} thread{'s' * (n_threads != 1)}"
 
 
 def _peak(device: torch.device) -> str:

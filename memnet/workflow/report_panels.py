@@ -128,22 +128,25 @@ class ComparisonPanel:
     Args:
         entries: titles and the entries ``(C, D, H, W)`` that they name. Of images the first channel is shown, of one-hot
             classes, and of regions one within the other, each in a colour.
-        classes: what the classes after the background are called.
+        legend: name of one of :data:`memnet.workflow.legends.LEGENDS`, whose classes, in their order, are those after the
+            background.
         axis: the dimension across which the planes lie: 3 is axial in RAS, 1 the slices or frames of a reconstruction.
         tensors: the entries are diffusion tensors; their fractional anisotropy is shown.
     """
 
     def __init__(
-        self, entries: Mapping[str, str], classes: Sequence[str] = (), axis: int = 3, tensors: bool = False
+        self, entries: Mapping[str, str], legend: str | None = None, axis: int = 3, tensors: bool = False
     ) -> None:
-        self.entries, self.classes, self.axis, self.tensors = dict(entries), tuple(classes), axis, tensors
+        self.entries, self.axis, self.tensors = dict(entries), axis, tensors
+        classes = LEGENDS[legend].classes if legend else {}
+        self.colours = {name: colour for name, (_, colour) in classes.items()}
 
     def __call__(self, case: Case, draw: bool = True) -> ReportedCase:
         """Report a case of an evaluation, whose numbers its metrics have; the picture if asked."""
         found = ReportedCase(_source(case["image"].meta))
         if draw:
             shown = {title: self._plane(case[key]) for title, key in self.entries.items()}
-            found.picture, found.shows = _png(_row(shown, self.classes)), ", ".join(shown)
+            found.picture, found.shows = _png(_row(shown, self.colours)), ", ".join(shown)
         return found
 
     def _plane(self, volume: Any) -> tuple[np.ndarray, tuple[float, float]]:
@@ -196,11 +199,12 @@ def _planes(values: np.ndarray, sides: Sequence[float]) -> dict[str, tuple[np.nd
     }
 
 
-def _row(planes: Mapping[str, tuple[np.ndarray, Sequence[float]]], classes: Sequence[str] = ()) -> Any:
+def _row(planes: Mapping[str, tuple[np.ndarray, Sequence[float]]], classes: Mapping[str, str] | None = None) -> Any:
     """Draw planes ``(up, right)`` side by side and on one scale.
 
-    Floats are grey from 0 to 1, integers colours with 0 as the background.
+    Floats are grey from 0 to 1, integers the colours of the named classes, with 0 as the background.
     """
+    classes = classes or {}
     # here, since drawing is optional and the import slow
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
@@ -215,19 +219,20 @@ def _row(planes: Mapping[str, tuple[np.ndarray, Sequence[float]]], classes: Sequ
     figure = Figure(figsize=(sum(columns), scale * height + title + words), facecolor=_BACKGROUND)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(1, len(planes), width_ratios=columns)
+    colours = [*classes.values(), *_COLOURS[len(classes) :]]
     for column, (name, (plane, side)) in enumerate(planes.items()):
         axes = figure.add_subplot(grid[column])
         axes.set_axis_off()
         look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
         if np.issubdtype(plane.dtype, np.integer):
-            look = {"cmap": ListedColormap([_BACKGROUND, *_COLOURS]), "vmin": -0.5, "vmax": len(_COLOURS) + 0.5}
+            look = {"cmap": ListedColormap([_BACKGROUND, *colours]), "vmin": -0.5, "vmax": len(colours) + 0.5}
         half = widths[column] / 2, len(plane) * side[1] / 2
         extent = (-half[0], half[0], -half[1], half[1])
         axes.imshow(plane, origin="lower", extent=extent, interpolation="nearest", **look)
         axes.set(xlim=np.array([-0.5, 0.5]) * columns[column] / scale, ylim=(-height / 2, height / 2))
         axes.set_title(name, color="white", fontsize=10, pad=4)
     if classes:
-        handles = [Patch(color=colour, label=name) for colour, name in zip(_COLOURS, classes, strict=False)]
+        handles = [Patch(color=colour, label=name) for name, colour in classes.items()]
         figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, labelcolor="white")
     inches = figure.get_figheight()
     figure.subplots_adjust(left=0.005, right=0.995, top=1 - title / inches, bottom=words / inches, wspace=0.02)
