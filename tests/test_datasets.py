@@ -275,8 +275,10 @@ FOUR = ("T1", "T1c", "T2", "FLAIR")
          "BraTS-GLI-00000-000-t2f.nii.gz"],
         ["sub-01_T1w.nii.gz", "sub-01_ce-gadolinium_T1w.nii.gz", "sub-01_T2w.nii.gz", "sub-01_FLAIR.nii.gz"],
         ["T1.nii", "T1Gd.nii", "T2.nii", "T2_FLAIR.nii"],
+        ["p_T1.nii", "p_T1_post-contrast.nii", "p_T2w.nii", "p_T2w_FLAIR.nii"],
+        ["P-T1W.nii", "P-T1W-CE.nii", "P-T2W.nii", "P-T2W-FLAIR.nii"],
     ],
-    ids=["BraTS 2020", "BraTS-GLI", "BIDS", "plain"],
+    ids=["BraTS 2020", "BraTS-GLI", "BIDS", "plain", "post-contrast", "hyphens"],
 )  # fmt: skip
 def test_four_modalities_are_told_by_their_names(tmp_path: Path, files: list[str]) -> None:
     touch(tmp_path, *files, "x_seg.nii.gz", "W39_1998.09.19_Segm.nii", f"{files[3].split('.')[0]}_tumor.nii.gz")

@@ -96,6 +96,14 @@ def test_cmrxrecon_gives_the_frames_of_a_slice(tmp_path: Path) -> None:
     assert data["mask"].shape == (1, 4, 1, 6)
 
 
+@pytest.mark.parametrize("name", ["kspace_single_sub04", "kus"])
+def test_cmrxrecon_of_one_coil_and_of_later_years(name: str, tmp_path: Path) -> None:
+    kspace = noise(8, 6, 1, 3, 4)
+    cmrxrecon(tmp_path / "in.mat", kspace[:, :, 0] if "single" in name else kspace, name)
+    raw = read_raw_data(tmp_path / "in.mat", 2)
+    np.testing.assert_array_equal(raw.kspace[:, 0, :, :, 0], kspace[:, :, 0, 2].transpose(2, 0, 1))
+
+
 @pytest.mark.parametrize("n_frames", [1, 4])
 def test_bart_gives_a_volume_or_frames(n_frames: int, tmp_path: Path) -> None:
     values = noise(8, 6, 5, 2, 1, 1, 1, 1, 1, 1, n_frames)

@@ -88,7 +88,9 @@ def read_fastmri(path: str | Path) -> RawData:
 
 
 def read_cmrxrecon(path: str | Path, slice_index: int | None = None) -> RawData:
-    """Read one slice of a CMRxRecon cine, ``kspace_full`` or ``kspace_sub04`` of ``(x, y, coils, slices, frames)``.
+    """Read one slice of a CMRxRecon cine, ``kspace_full``, ``kspace_sub04`` or ``kus`` of ``(x, y, coils, slices, frames)``.
+
+    ``kspace_single_full`` and its like have one coil and no dimension for it.
 
     Args:
         path: the ``.mat`` file, version 7.3.
@@ -105,23 +107,24 @@ def read_cmrxrecon(path: str | Path, slice_index: int | None = None) -> RawData:
         https://arxiv.org/abs/2309.10836
     """
     path = Path(path)
-    names = [name for name in _names(path) if name.startswith("kspace")]
+    names = [name for name in _names(path) if name.startswith("kspace") or name == "kus"]
     if len(names) != 1:
-        raise ValueError(f"{path}: expected one variable kspace_..., got {', '.join(_names(path)) or 'none'}")
+        raise ValueError(f"{path}: expected one variable kspace_... or kus, got {', '.join(_names(path)) or 'none'}")
+    one_coil = "_single_" in names[0]
     try:
         with h5py.File(path, "r") as file:
             data = file[names[0]]
             # h5py counts MATLAB's dimensions from the last
-            if data.ndim != 5 or data.dtype.names != ("real", "imag"):
+            if data.ndim != 5 - one_coil or data.dtype.names != ("real", "imag"):
                 raise ValueError(
-                    f"{path}: {names[0]} is {data.dtype} of the shape {data.shape[::-1]}; expected complex (x, y, coils, "
-                    "slices, frames)"
+                    f"{path}: {names[0]} is {data.dtype} of the shape {data.shape[::-1]}; expected complex (x, y, "
+                    f"{'' if one_coil else 'coils, '}slices, frames)"
                 )
             n_slices = data.shape[1]
             index = n_slices // 2 if slice_index is None else slice_index
             if not 0 <= index < n_slices:
                 raise ValueError(f"{path}: has no slice {index}, but slices 0 to {n_slices - 1}")
-            parts = data[:, index]
+            parts = data[:, index][:, None] if one_coil else data[:, index]
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
     # (frames, coils, y, x) to (frames, coils, x, y, 1)

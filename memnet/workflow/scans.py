@@ -24,8 +24,8 @@ logger = logging.getLogger("memnet")
 # How file names tell a modality, standing alone in the name: sub-01_T1w.nii.gz, subject-3-T2.hdr, BraTS-GLI-00000-000-t2f,
 # sub-01_ce-gadolinium_T1w (BIDS). What stands first counts, of two that begin together the one above, so that T2_FLAIR is no T2.
 _NAMES = {
-    "FLAIR": r"(?:T2[-_]?)?FLAIR|T2F",
-    "T1c": r"T1(?:C|CE|GD|POST)|CE-[A-Z0-9]+_T1W?",
+    "FLAIR": r"(?:T2W?[-_]?)?FLAIR|T2F",
+    "T1c": r"T1W?[-_]?(?:C|CE|GD|GAD|POST(?:[-_]?CONTRAST)?)|CE-[A-Z0-9]+_T1W?",
     "T2": r"T2W?",
     "T1": r"T1[WN]?",
 }
