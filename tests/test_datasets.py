@@ -207,6 +207,14 @@ def test_brats_channels_come_in_order(tmp_path: Path, case: str, endings: tuple[
     assert Path(found["label"]).name == f"{case}{endings[4]}{suffix}"
 
 
+def test_brats_names_may_be_in_capitals(tmp_path: Path) -> None:
+    endings = ("_T1", "_T1CE", "_T2", "_FLAIR", "_SEG")
+    touch(tmp_path, *(f"Case_1/CASE_1{ending}.NII.gz" for ending in endings))
+    (found,) = find_brats(tmp_path)
+    assert names([found]) == [[f"CASE_1{ending}.NII.gz" for ending in endings[:4]]]
+    assert Path(found["label"]).name == "CASE_1_SEG.NII.gz"
+
+
 def test_brats_labels_under_another_name(tmp_path: Path) -> None:
     case = "BraTS20_Training_355"
     touch_brats(tmp_path, case, suffix=".nii", without=f"{case}_seg")
@@ -291,6 +299,9 @@ def test_scans_in_a_folder_a_case(tmp_path: Path) -> None:
     assert [row[0] for row in names(found)] == ["BraTS20_Training_001_t1.nii.gz", None]
     with pytest.raises(ValueError, match="subfolders are not searched"):
         list_scans(dict.fromkeys(FOUR), dataset_dir=tmp_path)
+    touch(tmp_path / "bids", *(f"sub-{n}/anat/sub-{n}_{kind}.nii" for n in (1, 2) for kind in ("T2w", "FLAIR")))
+    found = list_scans(dict.fromkeys(FOUR), dataset_dir=tmp_path / "bids", subfolders=True)
+    assert names(found) == [[None, None, f"sub-{n}_T2w.nii", f"sub-{n}_FLAIR.nii"] for n in (1, 2)]
 
 
 def test_unnamed_modality_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

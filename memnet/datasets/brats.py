@@ -28,8 +28,8 @@ def find_brats(dataset_dir: str | Path, allow_missing: bool = False) -> list[Cas
 
     A case is a folder with files of its own name: ``BraTS20_Training_NNN/BraTS20_Training_NNN_{t1,t1ce,t2,flair,seg}``
     (2018 to 2021 likewise) or ``BraTS-GLI-NNNNN-NNN/BraTS-GLI-NNNNN-NNN-{t1n,t1c,t2w,t2f,seg}`` (from 2023 on, other
-    tumours likewise), ``.nii.gz`` or ``.nii``. Case folders may lie up to three folders down. A case without labels, such
-    as those for validation, is left out with a warning.
+    tumours likewise), ``.nii.gz`` or ``.nii``, in capitals or not. Case folders may lie up to three folders down. A case
+    without labels, such as those for validation, is left out with a warning.
 
     Args:
         dataset_dir: the folder that holds the cases' folders.
@@ -81,8 +81,9 @@ def _case_folders(folder: Path) -> list[Path]:
     found = []
     for root, folders, files in os.walk(folder):
         path = Path(root)
-        stems = {file.removesuffix(".gz").removesuffix(".nii") for file in files if file.endswith((".nii", ".nii.gz"))}
-        if path != folder and any(path.name + ending in stems for ending in endings):
+        names = [file.lower() for file in files]
+        stems = {name.removesuffix(".gz").removesuffix(".nii") for name in names if name.endswith((".nii", ".nii.gz"))}
+        if path != folder and any(path.name.lower() + ending in stems for ending in endings):
             found.append(path)
             folders.clear()
         elif len(path.relative_to(folder).parts) >= _DEPTH:

@@ -109,7 +109,7 @@ def existing_folder(path: str | Path, expected: str) -> Path:
 
 
 def find_file(folder: Path, stem: str) -> str | None:
-    """Return the image file of a folder with this name but for its suffix, or ``None``.
+    """Return the image file of a folder with this name but for its suffix and, where there is none, its case, or ``None``.
 
     Args:
         folder: the folder.
@@ -118,11 +118,14 @@ def find_file(folder: Path, stem: str) -> str | None:
     Raises:
         ValueError: if an Analyze header lacks its ``.img``.
     """
+    there = {file.name.lower(): file for file in sorted(folder.iterdir(), reverse=True)} if folder.is_dir() else {}
     for suffix in IMAGE_SUFFIXES:
-        if (folder / f"{stem}{suffix}").is_file():
-            if suffix == ".hdr" and not (folder / f"{stem}.img").is_file():
+        exact = folder / f"{stem}{suffix}"
+        file = exact if exact.is_file() else there.get(exact.name.lower())
+        if file is not None and file.is_file():
+            if suffix == ".hdr" and not file.with_suffix(".img").is_file():
                 raise ValueError(f"{folder / stem}.img: missing beside its header {stem}.hdr")
-            return str(folder / f"{stem}{suffix}")
+            return str(file)
     return None
 
 

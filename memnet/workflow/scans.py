@@ -32,6 +32,7 @@ _NAMES = {
 _PATTERNS = {m: re.compile(rf"(?<![A-Z0-9])(?:{p})(?![A-Z0-9])", re.IGNORECASE) for m, p in _NAMES.items()}
 # files that lie beside the scans but are not scans
 _NOT_A_SCAN = re.compile(r"[-_.](label|seg|segm|mask|tissue|tumor)$", re.IGNORECASE)
+_DEPTH = 3  # folders down
 
 Files = str | Path | Sequence[str | Path] | None
 Row = list[Any]
@@ -90,7 +91,8 @@ def list_scans(
         pattern: which file names of ``dataset_dir`` to take, as in ``"*_SS.nii.gz"``.
         image: one scan or several, each a subject with a single modality, ``modality`` or else the one its name tells; or,
             without ``modality``, a 4D file of all modalities in the order of the channels.
-        subfolders: search a folder's subfolders if it holds no scan itself, as BraTS has a folder a case.
+        subfolders: search a folder's subfolders if it holds no scan itself, as BraTS has a folder a case, and if they hold none
+            theirs, up to three folders down.
 
     Returns:
         One ``{"image": [a file or None for each modality], "output_name": name}`` a subject, names being unique; nothing
@@ -189,10 +191,11 @@ def _stem(path: str | Path) -> str:
 
 
 def _search(folder: Path, names: list[str], modality: str | None, pattern: str, subfolders: bool) -> list[Row]:
-    rows = _put_together(folder, names, modality, pattern)
-    if not rows and subfolders:
-        for subfolder in sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")):
-            rows += _put_together(subfolder, names, modality, pattern)
+    rows, level = _put_together(folder, names, modality, pattern), [folder]
+    for _ in range(_DEPTH if subfolders else 0):
+        if not rows:
+            level = sorted(f for parent in level for f in parent.iterdir() if f.is_dir() and not f.name.startswith("."))
+            rows = [row for subfolder in level for row in _put_together(subfolder, names, modality, pattern)]
     if not rows:
         where = "its subfolders were searched, too" if subfolders else "subfolders are not searched"
         raise ValueError(
