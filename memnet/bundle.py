@@ -32,7 +32,7 @@ from memnet.workflow.settings import (
     read_words,
 )
 
-__all__ = ["bundle_root", "end", "input_error", "start"]
+__all__ = ["bundle_root", "end", "hide_warnings_of_monai", "input_error", "start"]
 
 _PACKAGE = str(Path(__file__).parent)
 # what a system says of its disks and folders, of which no program is to blame
@@ -56,8 +56,7 @@ def start() -> str:
     if _is_command():
         _one_line_errors()
         keep_freed_memory()
-        # MONAI's surface distances call a function of its own as it no longer is to be called
-        warnings.filterwarnings("ignore", "monai.*always_return_as_numpy", FutureWarning)
+        hide_warnings_of_monai()
     workflow = _calling_workflow()
     if workflow is not None:
         check_overrides(workflow)
@@ -132,6 +131,11 @@ def input_error(error: BaseException | None) -> ValueError | None:
             return ValueError(f"{config}: no config that can be read, a JSON object ({error})")
         error = error.__cause__ or error.__context__
     return None
+
+
+def hide_warnings_of_monai() -> None:
+    """Hide what MONAI warns its own developers of: its surface distances call a function as it no longer is to be called."""
+    warnings.filterwarnings("ignore", "monai.*always_return_as_numpy", FutureWarning)
 
 
 def _one_line_errors() -> None:

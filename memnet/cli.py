@@ -17,7 +17,7 @@ from memnet.benchmarks import (
     unrolled,
 )
 from memnet.benchmarks.peers import command as peers
-from memnet.bundle import input_error
+from memnet.bundle import hide_warnings_of_monai, input_error
 from memnet.datasets import diffusion_blocks, diffusion_copies
 from memnet.workflow import packing, reconstruction_scoring, scoring, tumor_scoring
 
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for add_parser in COMMANDS:
         add_parser(commands)
     chosen = parser.parse_args(arguments)
+    hide_warnings_of_monai()
     try:
         chosen.function(chosen)
     except Exception as error:

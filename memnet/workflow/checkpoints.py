@@ -74,7 +74,8 @@ def fitting_weights(
         ]
         raise ValueError(
             f"{path}: these weights do not fit {type(network).__name__} ({counts}; e.g. {example[0]}); "
-            "give the --network_name and the network_def settings that they were trained with"
+            "give the network's settings that they were trained with, as the bundle's page names them; to pack them, write those "
+            "into the bundle's configs"
         )
     return {**wanted, **{k: v for k, v in weights.items() if k not in spare}}
 

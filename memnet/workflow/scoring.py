@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -160,17 +161,22 @@ def segment_with_bundle(
     """
     from monai.bundle import ConfigWorkflow  # takes seconds to import
 
+    logger = logging.getLogger("memnet")
     config = Path(bundle) / "configs" / "inference.json"
     if not config.is_file():
         raise ValueError(f"{config}: no such file; give --bundle FOLDER")
     for files in inputs:
         with tempfile.TemporaryDirectory() as folder:
-            workflow = ConfigWorkflow(
-                config_file=str(config), workflow_type="inference", output_dir=folder, **files, **overrides
-            )
-            workflow.initialize()
-            workflow.run()
-            workflow.finalize()
+            chosen = {"output_dir": folder, "report": False, **files, **overrides}
+            workflow = ConfigWorkflow(config_file=str(config), workflow_type="inference", **chosen)
+            level = logger.level
+            logger.setLevel(logging.WARNING)  # a run tells where its files lie; these are gone a moment later
+            try:
+                workflow.initialize()
+                workflow.run()
+                workflow.finalize()
+            finally:
+                logger.setLevel(level)
             yield read_labels(next(Path(folder).glob("*.nii.gz")))
 
 

@@ -1,10 +1,14 @@
 """The scoring command: what it compares, what it writes, what it refuses."""
 
 import csv
+import logging
+import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import BUNDLES
 
 from memnet.workflow import scoring
 from memnet.workflow.scoring import dice, find_scored_cases, score_tissue
@@ -21,6 +25,31 @@ def folder(tmp_path):
         for suffix, content in {"SS": label * 100, "classified": label, "mask": mask}.items():
             nib.save(nib.Nifti1Image(content, np.eye(4)), tmp_path / f"{subject}_{suffix}.nii.gz")
     return tmp_path
+
+
+def test_a_scored_run_tells_of_no_files_that_will_be_gone(folder, monkeypatch, caplog):
+    class Workflow:
+        def __init__(self, config_file, workflow_type, output_dir, image, report):
+            assert Path(config_file).name == "inference.json" and report is False
+            self.pairs = image, Path(output_dir) / "labels.nii.gz"
+
+        def initialize(self):
+            logging.getLogger("memnet").info("label map: %s", self.pairs[1])
+            logging.getLogger("memnet").warning("no tissue was found")
+
+        def run(self):
+            shutil.copy(*self.pairs)
+
+        def finalize(self):
+            pass
+
+    monkeypatch.setattr("monai.bundle.ConfigWorkflow", Workflow)
+    caplog.set_level(logging.INFO, "memnet")
+    images = [{"image": str(folder / f"{subject}_classified.nii.gz")} for subject in ("01", "02")]
+    found = list(scoring.segment_with_bundle(images, BUNDLES / "brain_mri_tissue_invres"))
+    assert [labels.max() for labels in found] == [3, 3]
+    assert caplog.messages == ["no tissue was found"] * 2
+    assert logging.getLogger("memnet").level == logging.INFO
 
 
 def test_dice_of_equal_half_and_absent_labels():
