@@ -16,7 +16,7 @@ __all__ = ["ScaleBraind", "scale_brain", "zero_background"]
 _N_SAMPLES = 200_000
 
 
-def zero_background(volume: torch.Tensor, share: float = 0.02) -> torch.Tensor:
+def zero_background(volume: torch.Tensor, share: float = 0.02, ringing: float = 0.2) -> torch.Tensor:
     """Shift a volume so that its least value is 0, and set its constant background to 0.
 
     The background is the most frequent value on the volume's six faces: 0 in skull-stripped scans, another constant where
@@ -25,6 +25,8 @@ def zero_background(volume: torch.Tensor, share: float = 0.02) -> torch.Tensor:
     Args:
         volume: ``(..., D, H, W)`` of one modality.
         share: share of all voxels that must have the face's value; with less there is no constant background.
+        ringing: a smaller share of the other voxels that lies below the background was not measured but made by
+            interpolation, and becomes 0.
 
     Returns:
         The volume, least value 0; metadata stay.
@@ -32,9 +34,13 @@ def zero_background(volume: torch.Tensor, share: float = 0.02) -> torch.Tensor:
     values = plain_tensor(volume)
     faces = torch.cat([values.select(axis, i).flatten() for axis in (-1, -2, -3) for i in (0, -1)])
     found, counts = faces.unique(return_counts=True)
-    background = values == found[counts.argmax()]
-    shifted = volume - values.min()
-    return shifted.masked_fill(background, 0) if float(background.float().mean()) >= share else shifted
+    level = found[counts.argmax()]
+    background = values == level
+    if float(background.float().mean()) < share:
+        return volume - values.min()
+    below, others = int((values < level).sum()), int((~background).sum())
+    least = level if below < ringing * others else values.min()
+    return (volume - least).clamp_min(0).masked_fill(background, 0)
 
 
 def scale_brain(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import phantom
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
@@ -23,6 +24,8 @@ from memnet.transforms.modalities import (
     ToSpacingd,
     read_volume,
 )
+
+BUNDLES = Path(__file__).parents[2] / "bundles"
 
 
 def test_reads_what_nibabel_reads(write_nifti: Callable[..., Path]) -> None:
@@ -190,6 +193,29 @@ def test_background_other_than_zero_is_taken_off_before_resampling(write_nifti: 
     image = LoadModalitiesd("image", strip_background=True)({"image": paths})["image"]
     assert image[1][torch.from_numpy(t1) == 0].abs().max() < 1e-3 * image[1].max()
     assert torch.corrcoef(image[:, 4:-4].flatten(1))[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("kind", ["ringing", "z-scores"])
+def test_tissue_bundle_sees_a_stripped_scan_as_it_was_before(kind: str, write_nifti: Callable[..., Path]) -> None:
+    """Splines ring below the background's 0, z-scores put it amid the brain; either made air as bright as tissue."""
+    t1 = phantom((24, 24, 24))[0].clip(0)
+    changed = t1.copy()
+    if kind == "ringing":
+        edge = (t1 == 0) & (np.roll(t1, 1, 0) > 0)
+        changed[edge] = -0.2 * t1.max()
+    else:
+        inside = t1 > 0
+        changed[inside] = (t1[inside] - t1[inside].mean()) / t1[inside].std()
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLES / "brain_mri_tissue_invres" / "configs" / "inference.json"))
+    prepare = parser.get_parsed_content("preprocessing")
+    images = [prepare({"image": str(write_nifti(f"{i}.nii", x))})["image"] for i, x in enumerate((t1, changed))]
+    before, after = (image[0].as_tensor() for image in images)
+    assert before.shape == after.shape
+    assert (after[before == 0] == 0).float().mean() > 0.9
+    assert torch.corrcoef(torch.stack([before[before > 0], after[before > 0]]))[0, 1] > 0.99
+    if kind == "ringing":
+        torch.testing.assert_close(after, before, atol=1e-3, rtol=0)
 
 
 def test_scaling_fills_the_unit_range_and_leaves_a_missing_channel(recwarn: pytest.WarningsRecorder) -> None:
