@@ -136,6 +136,20 @@ def test_embedded_calibration_lines_are_part_of_the_image(raw: RawData, file: Pa
     assert back.calibration is None
 
 
+def test_of_repeated_cardiac_phases_the_first_is_taken(
+    raw: RawData, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def again(rows: np.ndarray) -> np.ndarray:
+        others = rows.copy()
+        others["head"]["idx"]["repetition"] = 1
+        others["data"] = [2 * values for values in others["data"]]
+        return np.concatenate([rows, others])
+
+    edit(file, again)
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, raw.kspace)
+    assert "2 values of repetition" in caplog.text
+
+
 def test_counters_of_frames_may_begin_late_and_leave_some_out(raw: RawData, file: Path) -> None:
     def later(rows: np.ndarray) -> None:
         rows["head"]["idx"]["phase"] = 3 + 4 * rows["head"]["idx"]["phase"]

@@ -61,9 +61,10 @@ def test_fastmri_is_a_stack_of_slices_without_oversampling(tmp_path: Path) -> No
     np.testing.assert_allclose(raw.affine @ [1, 4, 4, 1], [0, 0, 0, 1])
 
 
-def test_lines_that_a_fastmri_mask_leaves_out_are_not_sampled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(9,), (1, 9, 1)])
+def test_lines_that_a_fastmri_mask_leaves_out_are_not_sampled(shape: tuple[int, ...], tmp_path: Path) -> None:
     mask = np.arange(9) % 2 == 0
-    fastmri(tmp_path / "in.h5", noise(3, 2, 16, 9), mask=mask)
+    fastmri(tmp_path / "in.h5", noise(3, 2, 16, 9), mask=mask.reshape(shape))
     raw = read_raw_data(tmp_path / "in.h5")
     assert (raw.sampled == mask).all() and not raw.kspace[..., ~mask].any() and raw.kspace[..., mask].any()
 

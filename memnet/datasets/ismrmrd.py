@@ -109,10 +109,10 @@ class _Encoding:
 def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
     """Read an ISMRMRD file of one Cartesian 3D volume, or of the frames of a 2D slice.
 
-    Readouts of the same place, as averages, are averaged. Cardiac phases or repetitions are the frames. Of several contrasts
-    or sets the first is taken. Readout oversampling is removed, and so is what the header's limits leave of the matrix on both
-    sides. Calibration lines are part of the image, unless they are a scan of their own. Noise scans, navigators and their like
-    are left out.
+    Readouts of the same place, as averages, are averaged. Cardiac phases, or else repetitions, are the frames. Of several
+    contrasts or sets, and of repetitions of cardiac phases, the first is taken. Readout oversampling is removed, and so is what
+    the header's limits leave of the matrix on both sides. Calibration lines are part of the image, unless they are a scan of
+    their own. Noise scans, navigators and their like are left out.
 
     Args:
         path: the ``.h5`` file.
@@ -140,11 +140,10 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
     encoding = _encoding(path, xml, space)
     matrix, fov = encoding.matrix, encoding.fov
     for name in ("contrast", "set"):
-        values = np.unique(heads["idx"][name][chosen])
-        if len(values) > 1:
-            logger.warning("%s: has %d values of %s, the first is taken", path, len(values), name)
-            chosen &= heads["idx"][name] == values[0]
+        chosen &= _first(path, heads["idx"], chosen, name)
     chosen &= _of_slice(path, heads["idx"]["slice"], chosen, slice_index)
+    if len(np.unique(heads["idx"]["phase"][chosen])) > 1:
+        chosen &= _first(path, heads["idx"], chosen, "repetition")
     heads, data = heads[chosen], data[chosen]
     is_reference = (heads["flags"] & np.uint64(_CALIBRATION_ALONE)) != 0
     if not encoding.separate:
@@ -152,7 +151,7 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
     reference, heads, data = (heads[is_reference], data[is_reference]), heads[~is_reference], data[~is_reference]
     if not len(heads):
         raise ValueError(f"{path}: holds no readout of image data")
-    frames = _frames(path, heads["idx"])
+    frames = _frames(heads["idx"])
     for name, values, n in zip("yz", _places(heads, encoding), matrix[1:], strict=True):
         if values.min() < 0 or values.max() >= n:
             raise ValueError(
@@ -348,6 +347,13 @@ def _encoding(path: Path, xml: bytes, space: int) -> _Encoding:
     return _Encoding(matrix, fov, recon_x, recon_fov_x, centres, separate, chopped, has_pilot_tone)
 
 
+def _first(path: Path, counters: np.ndarray, chosen: np.ndarray, name: str) -> np.ndarray:
+    values = np.unique(counters[name][chosen])
+    if len(values) > 1:
+        logger.warning("%s: has %d values of %s, the first is taken", path, len(values), name)
+    return counters[name] == values[0] if len(values) else chosen
+
+
 def _of_slice(path: Path, slices: np.ndarray, chosen: np.ndarray, index: int | None) -> np.ndarray:
     there = np.unique(slices[chosen])
     if index is None:
@@ -359,15 +365,10 @@ def _of_slice(path: Path, slices: np.ndarray, chosen: np.ndarray, index: int | N
     return slices == index
 
 
-def _frames(path: Path, counters: np.ndarray) -> np.ndarray:
-    varying = [name for name in ("phase", "repetition") if len(np.unique(counters[name])) > 1]
-    if len(varying) > 1:
-        raise ValueError(
-            f"{path}: has several cardiac phases and several repetitions; one of the two can be the frames"
-        )
-    if not varying:
-        return np.zeros(len(counters), dtype=int)
-    return np.unique(counters[varying[0]], return_inverse=True)[1]  # counters may begin late and leave some out
+def _frames(counters: np.ndarray) -> np.ndarray:
+    """Return the frame of each readout, counted from 0; counters may begin late and leave some out."""
+    has_phases = len(np.unique(counters["phase"])) > 1
+    return np.unique(counters["phase" if has_phases else "repetition"], return_inverse=True)[1]
 
 
 def _places(heads: np.ndarray, encoding: _Encoding) -> list[np.ndarray]:

@@ -178,12 +178,13 @@ def _fastmri_lines(path: Path, mask: np.ndarray | None, kspace: np.ndarray) -> n
     lines = (kspace != 0).any((0, 1, 2, 3))
     if mask is None:
         return lines
+    mask = np.squeeze(mask)
     if np.shape(mask) != lines.shape:
         raise ValueError(
             f"{path}: its mask has the shape {np.shape(mask)}, its kspace {len(lines)} lines ({kspace.shape[2]} slices, "
             f"{kspace.shape[1]} coils, {kspace.shape[3]} x {len(lines)} samples); expected a mask of {lines.shape}"
         )
-    return lines & (np.asarray(mask) != 0)
+    return lines & (mask != 0)
 
 
 def _fastmri_header(path: Path, xml: bytes | None, shape: tuple[int, ...]) -> tuple[list[float], float]:

@@ -119,6 +119,8 @@ class LoadKspaced(MapTransform):
             values = np.asarray(image.dataobj, dtype=np.float32)
         except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, ValueError) as error:
             raise ValueError(f"{path}: not a NIfTI file, or damaged ({error})") from error
+        while values.ndim > (4 if self.movie else 3) and values.shape[-1] == 1:
+            values = values[..., 0]
         if not np.isfinite(values).all():
             raise ValueError(f"{path}: holds values that are not finite numbers")
         if not (values > 0).any():

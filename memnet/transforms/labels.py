@@ -67,6 +67,9 @@ _CONTRADICTIONS = {
 }
 
 
+_ROUNDING = 1e-3  # that files with a scaling of their own leave in labels
+
+
 class MapLabelsd(MapTransform):
     """Replace label values by a network's classes.
 
@@ -100,6 +103,8 @@ class MapLabelsd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             labels = torch.as_tensor(d[key])
+            whole = labels.round() if labels.is_floating_point() else labels
+            labels = torch.where((labels - whole).abs() < _ROUNDING, whole, labels)
             source = d[key].meta.get("filename_or_obj", key) if isinstance(d[key], MetaTensor) else key
             values, inverse = torch.unique(labels, return_inverse=True)
             found = values.tolist()

@@ -170,6 +170,15 @@ def test_maps_come_of_a_reference_scan_where_the_centre_has_gaps(
     assert (coils - csm * combined).norm() < 0.1 * coils.norm()
 
 
+def test_a_fourth_dimension_of_one_is_no_movie(volume: Path, tmp_path: Path) -> None:
+    values = np.asarray(nib.load(volume).dataobj)
+    (tmp_path / "again").mkdir()
+    nib.save(nib.Nifti1Image(values[..., None], AFFINE), tmp_path / "again" / volume.name)
+    load = LoadKspaced("image", n_coils=2)
+    again, plain = (load({"image": str(path)})["kspace"] for path in (tmp_path / "again" / volume.name, volume))
+    assert torch.equal(again.as_tensor(), plain.as_tensor())
+
+
 def test_slabs_lie_where_there_is_something() -> None:
     label = torch.zeros(2, 30, 2, 2)
     label[:, 18:20] = 1

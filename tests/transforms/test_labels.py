@@ -14,6 +14,13 @@ def test_maps_iseg_values_and_keeps_shape_and_dtype():
     assert torch.equal(out, torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]))
 
 
+def test_rounding_of_scaled_files_is_no_other_value():
+    labels = torch.tensor([[[3.9999998, 1.0000001, 0.0]]])
+    assert torch.equal(MapLabelsd("label", "brats")({"label": labels})["label"], torch.tensor([[[3.0, 1.0, 0.0]]]))
+    with pytest.raises(ValueError, match=r"1\.5"):
+        MapLabelsd("label", "brats")({"label": labels + 0.5})
+
+
 @pytest.mark.parametrize(
     ("value", "tissue"), [(3, GM), (13, GM), (28, GM), (49, GM), (16, WM), (41, WM), (515, 0), (24, 1)]
 )
