@@ -215,12 +215,11 @@ class _Resampling(Invertible):
         replays = [Replay(mixing) for mixing in self.mixings]
         kept = []
         for i, (mixing, replay) in enumerate(zip(self.mixings, replays, strict=True)):
-            before, (mixed,) = coarse[i], replay.first(coarse[i])
-            coarse[i] = self.on_grid(mixed)
+            before = coarse[i]
+            coarse[i] = self.on_grid(*replay.first(before))
             if self.fraction_bits is not None:
-                inverted = self.on_grid(mixing.inverse(coarse[i]))
-                kept.append(self._missed(before, inverted, grid_step(before.dtype, self.fraction_bits)))
-                del inverted
+                step = grid_step(before.dtype, self.fraction_bits)
+                kept.append(self._missed(before, mixing.inverse(coarse[i]), step))
         return Recorded(tuple(self.join(coarse, rest, not self.downwards)), replays, tuple(kept))
 
     @torch.jit.unused
@@ -249,8 +248,8 @@ class _Resampling(Invertible):
 
     @torch.jit.unused
     def _missed(self, x: torch.Tensor, inverted: torch.Tensor, step: float) -> torch.Tensor:
-        """Return how many grid steps an inverse is off, as int8."""
-        steps = (x - inverted).div_(step)
+        """Return how many grid steps an inverse, whose memory is used up, is off once rounded, as int8."""
+        steps = inverted.div_(step).round_().neg_().add_(x, alpha=1 / step)
         if not torch.linalg.vector_norm(steps, float("inf")).item() <= 127:
             raise OutOfRangeError(
                 f"a residual stream is too large to be resampled with fraction_bits={self.fraction_bits}"
