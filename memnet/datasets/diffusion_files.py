@@ -104,7 +104,7 @@ def read_series(data: str | Path, mask: str | Path | None = None) -> DiffusionSe
                 f"{mask}: the mask's grid ({image_mask.shape}) is not that of {data} ({image.shape[:3]}); "
                 "resample it to the series"
             )
-        brain = _values(image_mask, Path(mask)) > 0
+        brain = _values(image_mask, Path(mask)) >= 0.5  # a resampled mask has small values around the brain
     else:
         brain = _find_brain(signals[..., bvals[: signals.shape[3]].argmin()])
     affine = np.asarray(image.affine, dtype=np.float64)

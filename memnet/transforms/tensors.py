@@ -44,8 +44,8 @@ class LoadTensorsd(MapTransform):
 
     Args:
         keys: entries that name a tensor image, see :func:`memnet.datasets.diffusion_files.read_tensors`.
-        masks: for each of them the entry that names the brain mask on the same grid; voxels whose tensor is not zero are brain
-            where the data has no such entry.
+        masks: for each of them the entry that names the brain mask on the same grid, one half and more being brain; voxels whose
+            tensor is not zero are brain where the data has no such entry.
         order: how the file's values are ordered.
         axes: what x, y and z are in the file.
         allow_missing_keys: leave out entries that the data does not have.
@@ -83,7 +83,7 @@ class LoadTensorsd(MapTransform):
                     f"{mask_path}: the mask's grid ({tuple(mask.shape[1:])}) is not that of {path} ({brain.shape})"
                 )
             # a fit leaves zeros where there was no signal
-            brain = (mask[0].numpy() > 0) & brain
+            brain = (mask[0].numpy() >= 0.5) & brain
         if not brain.any():
             raise ValueError(f"{path}: no voxel has a tensor within the mask")
         orientation = io_orientation(affine)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from memnet.datasets.diffusion import find_series
-from memnet.datasets.diffusion_files import read_series, read_tensors
+from memnet.datasets.diffusion_files import read_series, read_tensors, write_tensors
 from memnet.diffusion.tensors import TENSOR_ORDERS, as_channels, as_matrices, fit_tensors
+from memnet.transforms.tensors import LoadTensorsd
 from tests.diffusion_cases import GRIDS, field, positions, write_series
 
 AFFINE = GRIDS["oblique"]  # right-handed, so that FSL's first axis is reversed
@@ -33,6 +34,12 @@ def _scaled_integers(folder: Path) -> None:
         image = nib.Nifti1Image(np.round(values / slope).astype(np.int16), AFFINE)
         image.header.set_slope_inter(slope, 0)
         nib.save(image, folder / name)
+
+
+def _soft_mask(folder: Path) -> None:
+    path = folder / "nodif_brain_mask.nii.gz"
+    mask = nib.load(path).get_fdata()
+    nib.save(nib.Nifti1Image(np.clip(mask, 0.02, 0.97).astype(np.float64), AFFINE), path)
 
 
 def _columns(folder: Path) -> None:
@@ -64,18 +71,22 @@ _HCP_7T = (65, 995, 1005, 990, 1000, 1010, 995, 1005, 990, 1000, 1045, 960, 1000
         (_reshape(*SHAPE, 1, 13), None),
         (_reshape(*SHAPE, 13, 1), None),
         (_scaled_integers, None),
+        (_soft_mask, None),
         (_columns, None),
         (_trace, None),
         (lambda folder: None, _TWO_SHELLS),
         (lambda folder: None, _HCP_7T),
     ],
-    ids=["t,n", "n,t", "scaled integers", "columns", "trace", "two shells", "HCP 7T"],
+    ids=["t,n", "n,t", "scaled integers", "soft mask", "columns", "trace", "two shells", "HCP 7T"],
 )
 def test_tensors_are_those_of_the_world_whatever_the_files(change, bvals, tmp_path):
     path = write_series(tmp_path, SHAPE, AFFINE, bvals=bvals)
     change(tmp_path)
     series = read_series(path)
     assert series.mask.sum() == 24
+    write_tensors(tmp_path / "tensor.nii.gz", as_channels(field(positions(SHAPE, AFFINE))), AFFINE)
+    files = {"image": tmp_path / "tensor.nii.gz", "mask": tmp_path / "nodif_brain_mask.nii.gz"}
+    assert LoadTensorsd("image", "mask")(files)["image"][6].sum() == 24
     found = as_matrices(fit_tensors(series.select([1000])))[series.mask]
     np.testing.assert_allclose(found, field(positions(SHAPE, AFFINE))[series.mask], atol=2e-6)
 
