@@ -8,12 +8,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from diffusion_cases import GRIDS, field, positions, write_series
 
 from memnet.datasets.diffusion import find_series
 from memnet.datasets.diffusion_files import read_series, read_tensors, write_tensors
 from memnet.diffusion.tensors import TENSOR_ORDERS, as_channels, as_matrices, fit_tensors
 from memnet.transforms.tensors import LoadTensorsd
-from tests.diffusion_cases import GRIDS, field, positions, write_series
 
 AFFINE = GRIDS["oblique"]  # right-handed, so that FSL's first axis is reversed
 SHAPE = (5, 6, 4)
