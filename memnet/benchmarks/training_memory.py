@@ -12,6 +12,7 @@ from torch import nn
 from memnet.benchmarks.measurement import measure_in_turn
 from memnet.benchmarks.tables import machine, markdown_table, shown
 from memnet.losses import InvResLoss
+from memnet.tiles import Tile
 from memnet.workflow.networks import NETWORKS, segmentation_network
 
 __all__ = ["Measurement", "measure", "table"]
@@ -21,7 +22,7 @@ class Measurement(NamedTuple):
     """One training step of one network.
 
     Attributes:
-        network: its name, and ``+ VAE`` where the variational branch trains too.
+        network: its name, ``+ VAE`` where the variational branch trains too, and whether its couplings run in tiles.
         parameters: their number, the variational branch's apart.
         memory: the memory strategy.
         patch: side of the cubic patch, voxels.
@@ -47,6 +48,7 @@ def measure(
     device: str = "cpu",
     vae: bool = False,
     steps: int = 3,
+    tile: Tile | None = None,
 ) -> Measurement:
     """Measure a training step (forward pass, loss, backward pass) at batch size 1, two channels in and four classes out.
 
@@ -60,12 +62,14 @@ def measure(
         device: ``cpu`` or ``cuda``.
         vae: train with the variational branch.
         steps: steps timed, after one that is not and the one whose memory is measured; 0 measures memory alone.
+        tile: tiles in which the couplings of an invertible network run; None for none.
 
     Raises:
         ValueError: the network does not know the strategy.
     """
     torch.manual_seed(0)
-    net = segmentation_network(network, True, spatial_dims=3, in_channels=2, out_channels=4, memory=memory, vae=vae)
+    options = {"memory": memory, "vae": vae} | ({} if tile is None else {"tile": tile})
+    net = segmentation_network(network, True, spatial_dims=3, in_channels=2, out_channels=4, **options)
     net.to(device)
     image = torch.rand(1, 2, patch, patch, patch, device=device)
     label = torch.randint(0, 4, (1, 1, patch, patch, patch), device=device)
@@ -77,7 +81,7 @@ def measure(
         loss(prediction, label).backward()
 
     cost = measure_in_turn(step, {network: net}, steps, device)[network]
-    name = f"{type(net).__name__}{' + VAE' if vae else ''}"
+    name = f"{type(net).__name__}{' + VAE' if vae else ''}{'' if tile is None else ', in tiles'}"
     size = sum(p.numel() for key, p in net.named_parameters() if not key.startswith("vae."))
     return Measurement(name, size, str(net.memory), patch, precision, cost.peak, cost.median)
 
@@ -107,12 +111,15 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    cases: list[tuple[str, str | None, bool]] = [(network, None, False) for network in NETWORKS]
-    cases += [("fully", None, True), ("fully", "checkpoint", False), ("fully", "store", False)]
+    cases: list[tuple[str, str | None, bool, Tile | None]] = [(network, None, False, None) for network in NETWORKS]
+    cases += [("fully", None, True, None), ("fully", None, False, "auto"), ("fully", None, True, "auto")]
+    cases += [("fully", "checkpoint", False, None), ("fully", "store", False, None)]
     device = arguments.device
     print(f"{machine(device)}, MONAI {monai.__version__}\n")
     print(table([]))
     found: list[Measurement] = []
-    for patch, precision, (network, memory, vae) in itertools.product(arguments.patch, arguments.precision, cases):
-        found.append(measure(network, memory, patch, precision, device, vae, arguments.steps))
+    for patch, precision, (network, memory, vae, tile) in itertools.product(
+        arguments.patch, arguments.precision, cases
+    ):
+        found.append(measure(network, memory, patch, precision, device, vae, arguments.steps, tile))
         print(table(found).splitlines()[-1], flush=True)

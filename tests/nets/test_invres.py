@@ -184,6 +184,13 @@ def test_couplings_cost_no_activations(network):
     assert peaks["store", 4] > 1.3 * peaks["store", 1], peaks
 
 
+def test_resampling_does_not_copy_the_state_at_once():
+    """In units of the state at full resolution, 2 with its gradient; 4.3 where streams and gradients are copied together."""
+    net, x = FullyInvResUNet(3, 4, 3, channels=32, tile="auto"), torch.rand(2, 4, 48, 32, 32)
+    peak = peak_live_bytes(lambda: net(x).sum().backward(), net.parameters())
+    assert peak <= 3.4 * 8 * x.nbytes
+
+
 @pytest.mark.parametrize("sizes", [(3, 8, 8), (2, 8), (2, 8, 8, 8)])
 @every_network
 def test_wrong_input_is_refused(network, sizes):

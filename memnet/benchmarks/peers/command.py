@@ -51,7 +51,7 @@ def _gradients(a: argparse.Namespace, folder: Path) -> Part:
 
 
 def _unets(a: argparse.Namespace, folder: Path) -> Part:
-    names = ("basic_unet", "unet", "fully", "fully_store") if a.quick else tuple(U_NETS)
+    names = ("basic_unet", "unet", "fully", "fully_store") if a.quick else tuple(a.networks)
     costs = []
     for patch in [32] if a.quick else a.patches:  # below 32 MONAI's UNet has nothing left to normalise
         costs += measure_unets(patch, 1 if a.quick else a.rounds, names, a.device)
@@ -118,6 +118,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--channels", type=int, default=32, help="channels of the chains")
     parser.add_argument("--size", type=int, default=48, help="side of the chains' cube, voxels")
     parser.add_argument("--batch_size", type=int, default=1, help="of the chains")
+    parser.add_argument(
+        "--networks", nargs="+", choices=list(U_NETS), default=list(U_NETS), help="of the U-Nets; all by default"
+    )
     parser.add_argument("--patches", type=int, nargs="+", default=[64], help="cubes of the U-Nets, voxels")
     parser.add_argument(
         "--planned_patches",

@@ -197,8 +197,8 @@ class _IUNet(nn.Module):
         return self.head(self.body(self.stem(x)))
 
 
-def _memnet(kind: Any, memory: Memory, vae: bool, patch: int) -> nn.Module:
-    return kind(3, _IN, _OUT, channels=32, memory=memory, vae=vae)
+def _memnet(kind: Any, memory: Memory, patch: int, **options: Any) -> nn.Module:
+    return kind(3, _IN, _OUT, channels=32, memory=memory, **options)
 
 
 _NO_IUNETS = IMPLEMENTATIONS["iunets"].missing
@@ -221,13 +221,18 @@ U_NETS: dict[str, UNetContender] = {
     ),
     "iunet_store": UNetContender("iUNet-32, plain autograd", partial(_IUNet, True), _NO_IUNETS),
     "iunet": UNetContender("iUNet-32", partial(_IUNet, False), _NO_IUNETS),
-    "partially": UNetContender(
-        "memnet Partially-InvRes-32 `invert`", partial(_memnet, PartiallyInvResUNet, "invert", False)
-    ),
-    "fully_store": UNetContender("memnet Fully-InvRes-32 `store`", partial(_memnet, FullyInvResUNet, "store", False)),
-    "fully": UNetContender("memnet Fully-InvRes-32 `invert`", partial(_memnet, FullyInvResUNet, "invert", False)),
+    "partially": UNetContender("memnet Partially-InvRes-32 `invert`", partial(_memnet, PartiallyInvResUNet, "invert")),
+    "fully_store": UNetContender("memnet Fully-InvRes-32 `store`", partial(_memnet, FullyInvResUNet, "store")),
+    "fully": UNetContender("memnet Fully-InvRes-32 `invert`", partial(_memnet, FullyInvResUNet, "invert")),
     "fully_vae": UNetContender(
-        "memnet Fully-InvRes-32 + VAE `invert`", partial(_memnet, FullyInvResUNet, "invert", True)
+        "memnet Fully-InvRes-32 + VAE `invert`", partial(_memnet, FullyInvResUNet, "invert", vae=True)
+    ),
+    "fully_tiles": UNetContender(
+        "memnet Fully-InvRes-32 `invert`, in tiles", partial(_memnet, FullyInvResUNet, "invert", tile="auto")
+    ),
+    "fully_vae_tiles": UNetContender(
+        "memnet Fully-InvRes-32 + VAE `invert`, in tiles",
+        partial(_memnet, FullyInvResUNet, "invert", vae=True, tile="auto"),
     ),
 }
 """The networks, by a word; memnet's are as wide as BasicUNet at full resolution."""
