@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from memnet.budget import fit_to_budget
 from memnet.chain import Chain, Memory
+from memnet.nets.precision import sound_autocast
 from memnet.nets.vae import VariationalBranch
 from memnet.normalization import NormLeakyReLU
 
@@ -112,16 +113,21 @@ class SegmentationNetwork(nn.Module):
             padded = max(2 * self.multiple, -(-size // self.multiple) * self.multiple)
             padding += [(padded - size) // 2, padded - size - (padded - size) // 2]
         image = functional.pad(x, padding, mode="replicate") if max(padding) > 0 else x
-        outputs = self.features(image)
-        logits = outputs[0]
+        if torch.jit.is_scripting():
+            return self._cropped(self.features(image)[0], x, padding)
+        else:  # TorchScript compiles whatever stands outside
+            with sound_autocast(image, image.shape[2] // self.multiple):
+                outputs = self.features(image)
+                logits = self._cropped(outputs[0], x, padding)
+                if self.vae is not None and self.training:
+                    return logits, self.vae(outputs[1:], image)
+            return logits
+
+    def _cropped(self, logits: torch.Tensor, x: torch.Tensor, padding: list[int]) -> torch.Tensor:
         for i in range(self.spatial_dims):
             dim = x.dim() - 1 - i
             if logits.shape[dim] != x.shape[dim]:
                 logits = logits.narrow(dim, padding[2 * i], x.shape[dim])
-        if torch.jit.is_scripting():
-            return logits
-        if self.vae is not None and self.training:
-            return logits, self.vae(outputs[1:], image)
         return logits
 
     @torch.jit.unused

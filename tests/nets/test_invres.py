@@ -9,7 +9,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from torch import nn
 
-from memnet import FullyInvResUNet, InvResLoss, OrthogonalMixing, PartiallyInvResUNet
+from memnet import FullyInvResUNet, InvResLoss, OrthogonalMixing, PartiallyInvResUNet, UNet3D
 from memnet.accounting.live_memory import peak_live_bytes
 
 NETWORKS = [FullyInvResUNet, PartiallyInvResUNet]
@@ -189,6 +189,20 @@ def test_resampling_does_not_copy_the_state_at_once():
     net, x = FullyInvResUNet(3, 4, 3, channels=32, tile="auto"), torch.rand(2, 4, 48, 32, 32)
     peak = peak_live_bytes(lambda: net(x).sum().backward(), net.parameters())
     assert peak <= 3.4 * 8 * x.nbytes
+
+
+@pytest.mark.parametrize("kind", [FullyInvResUNet, PartiallyInvResUNet, UNet3D])
+def test_two_planes_are_not_left_to_bfloat16(kind):
+    """PyTorch 2.13's convolutions on a CPU take the weights' gradient of two planes from memory that nobody wrote."""
+    net, x = kind(3, 2, 3, channels=32, n_levels=2, vae=True), torch.rand(1, 2, 3, 8, 8)
+    gradients = []
+    for amp in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            logits, losses = net(x)
+        gradients.append(torch.autograd.grad(logits.float().square().mean() + losses.sum(), net.parameters()))
+    for exact, found in zip(*gradients, strict=True):
+        assert (found - exact).norm() <= 0.1 * exact.norm() + 1e-6
 
 
 @pytest.mark.parametrize("sizes", [(3, 8, 8), (2, 8), (2, 8, 8, 8)])
