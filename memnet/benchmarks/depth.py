@@ -209,6 +209,8 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     a = arguments
+    if len(set(a.depths)) < 3:
+        raise ValueError(f"--depths: growth is fitted to at least 3 depths, got {' '.join(map(str, a.depths))}")
     costs = measure_depths(a.depths, a.channels, a.size, a.rounds, a.device)
     fits = fit_depths(costs)
     print(table(costs, fits))

@@ -47,4 +47,5 @@ def shown_range(values: Sequence[float], digits: int = 2) -> str:
 def machine(device: str = "cpu") -> str:
     """Name the hardware, its threads and the version of PyTorch."""
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    return f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    n_threads = torch.get_num_threads()
+    return f"{hardware}, {n_threads} thread{'s' * (n_threads != 1)}, torch {torch.__version__}"

@@ -58,3 +58,9 @@ def test_command_writes_table_numbers_and_picture(tmp_path, capsys):
     assert len(written["costs"]) == 12 and [fit["memory"] for fit in written["fits"]] == list(GROWTH)
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.startswith("| L | store, MiB | checkpoint, MiB |")
+
+
+def test_depths_too_few_for_a_fit_are_refused_before_any_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr("memnet.benchmarks.depth.measure_depths", lambda *_: pytest.fail("measured"))
+    assert main(["depth", "--depths", "2", "4", "4"]) == 1
+    assert "at least 3 depths, got 2 4 4" in capsys.readouterr().err
