@@ -37,6 +37,18 @@ def edit(path: Path, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
         file["dataset"].create_dataset("data", data=rows if changed is None else changed)
 
 
+def with_twice_as_much(counter: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Add each readout again, doubled, under the next value of a counter."""
+
+    def change(rows: np.ndarray) -> np.ndarray:
+        others = rows.copy()
+        others["head"]["idx"][counter] = 1
+        others["data"] = [2 * values for values in others["data"]]
+        return np.concatenate([rows, others])
+
+    return change
+
+
 def edit_xml(path: Path, old: str, new: str) -> None:
     with h5py.File(path, "r+") as file:
         xml = file["dataset/xml"][0].decode()
@@ -139,13 +151,7 @@ def test_embedded_calibration_lines_are_part_of_the_image(raw: RawData, file: Pa
 def test_of_repeated_cardiac_phases_the_first_is_taken(
     raw: RawData, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def again(rows: np.ndarray) -> np.ndarray:
-        others = rows.copy()
-        others["head"]["idx"]["repetition"] = 1
-        others["data"] = [2 * values for values in others["data"]]
-        return np.concatenate([rows, others])
-
-    edit(file, again)
+    edit(file, with_twice_as_much("repetition"))
     np.testing.assert_array_equal(read_ismrmrd(file).kspace, raw.kspace)
     assert "2 values of repetition" in caplog.text
 
@@ -201,13 +207,7 @@ def test_limits_that_say_nothing_leave_the_centre_in_the_middle(raw: RawData, fi
 
 
 def test_one_slice_of_several_is_taken(raw: RawData, file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def add(rows: np.ndarray) -> np.ndarray:
-        others = rows.copy()
-        others["head"]["idx"]["slice"] = 1
-        others["data"] = [2 * values for values in others["data"]]
-        return np.concatenate([rows, others])
-
-    edit(file, add)
+    edit(file, with_twice_as_much("slice"))
     np.testing.assert_array_equal(read_ismrmrd(file, 0).kspace, raw.kspace)
     np.testing.assert_array_equal(read_ismrmrd(file).kspace, 2 * raw.kspace)
     assert "2 slices" in caplog.text

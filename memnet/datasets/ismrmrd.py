@@ -8,20 +8,18 @@ from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 import h5py
 import numpy as np
 
+from memnet.datasets.ismrmrd_header import Encoding, read_encoding
 from memnet.whole_files import whole_file
 
 __all__ = ["RawData", "check_samples", "crop_field_of_view", "read_ismrmrd", "write_ismrmrd"]
 
 logger = logging.getLogger("memnet")
 
-_NAMESPACE = "{http://www.ismrm.org/ISMRMRD}"
-_THINNEST, _THICKEST = 1e-3, 1e3  # sides of a voxel, mm
 _MOST_COILS = 256  # twice those of the largest arrays that are built
 _MOST_UNDERSAMPLED = 256  # times as many samples in the matrix as in the file
 _COUNTERS = "kspace_encode_step_1 kspace_encode_step_2 average slice contrast phase repetition set segment".split()
@@ -81,31 +79,6 @@ class RawData:
     calibration: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class _Encoding:
-    """What a file's header says.
-
-    Attributes:
-        matrix: encoded samples along x, y, z.
-        fov: encoded field of view, mm.
-        recon_x: samples of the reconstructed readout.
-        recon_fov_x: their field of view, mm.
-        centres: the central steps along y and z.
-        separate: whether calibration readouts are a scan of their own, whose contrast may be another one.
-        chopped: whether the sign alternates from step to step along y and z, as in files of GE's scanners.
-        has_pilot_tone: whether a navigator's tone lies in each readout's first three samples and its last one, as OCMR tells.
-    """
-
-    matrix: list[int]
-    fov: list[float]
-    recon_x: int
-    recon_fov_x: float
-    centres: list[int]
-    separate: bool
-    chopped: tuple[bool, bool]
-    has_pilot_tone: bool
-
-
 def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
     """Read an ISMRMRD file of one Cartesian 3D volume, or of the frames of a 2D slice.
 
@@ -137,7 +110,7 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
     # a reference scan may be encoded in another way
     space = int(np.bincount(heads["encoding_space_ref"][chosen]).argmax())
     chosen &= heads["encoding_space_ref"] == space
-    encoding = _encoding(path, xml, space)
+    encoding = read_encoding(path, xml, space)
     matrix, fov = encoding.matrix, encoding.fov
     for name in ("contrast", "set"):
         chosen &= _first(path, heads["idx"], chosen, name)
@@ -296,57 +269,6 @@ def _read_hdf5(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
     return xml if isinstance(xml, bytes) else str(xml).encode(), rows["head"], rows["data"]
 
 
-def _encoding(path: Path, xml: bytes, space: int) -> _Encoding:
-    try:
-        root = ElementTree.fromstring(xml)
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{path}: its header is no XML ({error})") from error
-    encoding = next(iter(root.findall(f"{_NAMESPACE}encoding")[space:]), None)
-    numbers = root.iterfind(f"{_NAMESPACE}userParameters/{_NAMESPACE}userParameterLong")
-    told = {p.findtext(f"{_NAMESPACE}name"): p.findtext(f"{_NAMESPACE}value") for p in numbers}
-
-    def read(*names: str, default: str | None = None) -> str:
-        found = None if encoding is None else encoding.findtext("/".join(_NAMESPACE + name for name in names))
-        if found is None and default is None:
-            raise ValueError(f"{path}: its header lacks encoding/{'/'.join(names)}")
-        return str(default if found is None else found)
-
-    trajectory = read("trajectory")
-    if trajectory.lower() != "cartesian":
-        raise ValueError(f"{path}: its trajectory is {trajectory}; only cartesian data can be reconstructed")
-    mode = read("parallelImaging", "calibrationMode", default="")
-    recon = ("reconSpace", "matrixSize", "x"), ("reconSpace", "fieldOfView_mm", "x")
-    try:
-        matrix = [int(read("encodedSpace", "matrixSize", axis)) for axis in "xyz"]
-        fov = [float(read("encodedSpace", "fieldOfView_mm", axis)) for axis in "xyz"]
-        centres = []
-        for i, n in enumerate(matrix[1:], 1):
-            limits = [
-                int(read("encodingLimits", f"kspace_encoding_step_{i}", name, default=str(default)))
-                for name, default in (("minimum", 0), ("center", n // 2), ("maximum", n - 1))
-            ]
-            least, centre, most = limits
-            if least < centre <= most:
-                matrix[i] = min(n, 2 * max(centre - least, most + 1 - centre))
-            else:  # as converters write that leave limits out
-                centre = n // 2
-            centres.append(centre)
-        recon_x, recon_fov_x = int(read(*recon[0], default=str(matrix[0]))), float(read(*recon[1], default=str(fov[0])))
-    except ValueError as error:
-        raise ValueError(
-            str(error) if str(path) in str(error) else f"{path}: its header is damaged ({error})"
-        ) from None
-    sides = [length / n if n else 0 for length, n in zip((*fov, recon_fov_x), (*matrix, recon_x), strict=True)]
-    if not all(_THINNEST <= side <= _THICKEST for side in sides) or min(matrix) < 1:
-        raise ValueError(
-            f"{path}: its header has a matrix of {matrix} (readout reconstructed to {recon_x}) and a field of view of {fov} "
-            f"mm ({recon_fov_x}), so that voxels have sides of {', '.join(f'{side:.3g}' for side in sides)} mm"
-        )
-    chopped = told.get("ChopY") == "0", told.get("ChopZ") == "0"
-    separate, has_pilot_tone = mode in ("separate", "external"), told.get("PilotTone") == "1"
-    return _Encoding(matrix, fov, recon_x, recon_fov_x, centres, separate, chopped, has_pilot_tone)
-
-
 def _first(path: Path, counters: np.ndarray, chosen: np.ndarray, name: str) -> np.ndarray:
     values = np.unique(counters[name][chosen])
     if len(values) > 1:
@@ -371,7 +293,7 @@ def _frames(counters: np.ndarray) -> np.ndarray:
     return np.unique(counters["phase" if has_phases else "repetition"], return_inverse=True)[1]
 
 
-def _places(heads: np.ndarray, encoding: _Encoding) -> list[np.ndarray]:
+def _places(heads: np.ndarray, encoding: Encoding) -> list[np.ndarray]:
     """Return where the readouts lie along y and z, the zero frequency being at index ``n // 2``."""
     return [
         heads["idx"][f"kspace_encode_step_{i}"].astype(int) - centre + n // 2
@@ -380,7 +302,7 @@ def _places(heads: np.ndarray, encoding: _Encoding) -> list[np.ndarray]:
 
 
 def _gridded(
-    path: Path, heads: np.ndarray, data: np.ndarray, frames: np.ndarray, encoding: _Encoding
+    path: Path, heads: np.ndarray, data: np.ndarray, frames: np.ndarray, encoding: Encoding
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return k-space ``(frames, coils, x, y, z)``, averaged where readouts repeat, and what was sampled, ``(frames, y, z)``."""
     n_coils, (n_x, *steps) = int(heads["active_channels"][0]), encoding.matrix
@@ -398,7 +320,7 @@ def _gridded(
 
 
 def _calibration(
-    path: Path, heads: np.ndarray, data: np.ndarray, n_coils: int, encoding: _Encoding
+    path: Path, heads: np.ndarray, data: np.ndarray, n_coils: int, encoding: Encoding
 ) -> np.ndarray | None:
     """Return the k-space of a reference scan, as far as it lies in the image's, or ``None`` where there is none."""
     inside = heads["active_channels"] == n_coils
