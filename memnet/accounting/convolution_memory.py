@@ -11,7 +11,9 @@ __all__ = ["bytes_inside"]
 
 _ATEN = torch.ops.aten
 _SLOW_UP_TO = 20480  # product of the first four sizes of a float32 input of batch size 1 that PyTorch unfolds by itself
-_BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # of channels that oneDNN keeps together
+_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+_BLOCK = 16 if _AVX512 else 8  # of channels that oneDNN keeps together
+_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # whether oneDNN takes it; else PyTorch unfolds it by itself
 _SHARED_FROM = 256  # voxels of a plane for each thread, from which all unfold one; below, each that of its own sample
 
 
@@ -21,7 +23,8 @@ def bytes_inside(function: Any, arguments: Any, outputs: Any) -> int:
     They are alive besides the output, or besides the gradient of the input, and gone before that of the weights is made.
 
     What PyTorch chooses is as in ``use_mkldnn`` of its Convolution.cpp; what the kernels then take was measured with
-    :func:`memnet.accounting.live_memory.peak_live_bytes` over channels, widths, strides, batch sizes and numbers of threads.
+    :func:`memnet.accounting.live_memory.peak_live_bytes` over channels, widths, strides, batch sizes and numbers of threads, with
+    AVX-512 and with AVX2.
     The number of threads is that of ``torch.get_num_threads()`` now: on several, PyTorch leaves to oneDNN what it does itself
     on one, and oneDNN gives each its own scratch. Known to be off in bfloat16
     are strided convolutions on more than two threads or from or to few channels, unfolded planes on more than two threads or of
@@ -34,32 +37,51 @@ def bytes_inside(function: Any, arguments: Any, outputs: Any) -> int:
         outputs: what it returned.
     """
     if function is _ATEN.convolution.default:
-        (x, weight), y, (stride, transposed) = arguments[:2], outputs, (arguments[3], arguments[6])
+        (x, weight), y, (stride, padding, _, transposed) = arguments[:2], outputs, arguments[3:7]
         of_x, of_weight = False, False
     elif function is _ATEN.convolution_backward.default:
-        (y, x, weight), (stride, transposed) = arguments[:3], (arguments[4], arguments[7])
+        (y, x, weight), (stride, padding, _, transposed) = arguments[:3], arguments[4:8]
         of_x, of_weight = arguments[-1][:2]
     else:
         return 0
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return 0
-    if x.dtype == torch.float32 and not _goes_to_onednn(x, weight, stride):
-        if prod(weight.shape[2:]) == 1:
-            return x.nbytes if of_x and x.dim() == 5 else 0
-        return prod(weight.shape[1:]) * prod((x if transposed else y).shape[2:]) * x.element_size()
+    forward = function is _ATEN.convolution.default
+    if not _goes_to_onednn(x, weight, stride):
+        return _unfolded(x, weight, y, transposed, forward, of_x) + (weight.nbytes if of_weight else 0)
     sides = (y, x) if transposed else (x, y)
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is not None and x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
-        return _scratch(*sides, weight, stride) if of_weight and x.dtype == torch.bfloat16 else 0
-    if function is _ATEN.convolution.default:
+    unfolds = _unfolds(*sides, weight, padding)
+    if _is_channels_last(x):
+        return _of_weights_channels_last(*sides, weight, stride, unfolds) if of_weight else 0
+    if forward:
         return _of_data(x, weight, y, transposed, stride) - y.nbytes
     for_x = _of_data(y, weight, x, not transposed, stride) - x.nbytes if of_x else 0
-    return max(for_x, _of_weights(*sides, weight, stride) if of_weight else 0)
+    return max(for_x, _of_weights(*sides, weight, stride, unfolds) if of_weight else 0)
 
 
 def _goes_to_onednn(x: torch.Tensor, weight: torch.Tensor, stride: Any) -> bool:
+    if x.dtype == torch.bfloat16:
+        return _BFLOAT16
     wide = prod(weight.shape[2:]) > 1 or max(stride) > 1 or x.shape[0] >= 16 or torch.get_num_threads() > 1
     return wide and (x.shape[0] > 1 or min(weight.shape[-2:]) > 3 or prod(x.shape[:4]) > _SLOW_UP_TO)
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return layout is not None and x.is_contiguous(memory_format=layout) and not x.is_contiguous()
+
+
+def _unfolded(
+    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, transposed: bool, forward: bool, of_x: bool
+) -> int:
+    """Bytes of all samples unfolded by PyTorch itself, or of one to be folded, and of its copy of channels-last ones."""
+    copy = x.nbytes if _is_channels_last(x) else 0
+    if transposed:
+        each = prod(weight.shape[1:]) * x[0, 0].nbytes
+        return each + (max(copy, x.nbytes - y.nbytes) if forward else copy)
+    if prod(weight.shape[2:]) == 1:
+        return max(copy, x.nbytes if of_x and x.dim() == 5 else 0)
+    return prod(weight.shape[1:]) * y[:, :1].nbytes + copy
 
 
 def _of_data(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, transposed: bool, stride: Any) -> int:
@@ -74,18 +96,27 @@ def _of_data(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, transposed:
     return of_y + max((of_x if narrow or transposed or x.shape[1] >= _BLOCK else 0) + of_weight + sums, y.nbytes)
 
 
-def _of_weights(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stride: Any) -> int:
+def _of_weights(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stride: Any, unfolds: bool) -> int:
     """Bytes at most alive while the weights' gradient is computed; ``y`` is the side of fewer voxels."""
-    (of_x, of_y, of_weight), scratch = _copies(x, weight, y), _scratch(x, y, weight, stride)
-    if _unfolds(x, y, weight):
+    (of_x, of_y, of_weight), scratch = _copies(x, weight, y), _scratch(x, y, weight, stride, unfolds)
+    if unfolds:
         return weight.nbytes + scratch
     return scratch + (of_y + weight.nbytes if _has_few(x, weight) else of_x + of_y + of_weight)
 
 
-def _scratch(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stride: Any) -> int:
+def _of_weights_channels_last(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stride: Any, unfolds: bool
+) -> int:
+    """Bytes taken while the weights' gradient is computed from channels-last input, which is not copied as a whole."""
+    if x.dtype == torch.bfloat16:
+        return _scratch(x, y, weight, stride, unfolds)
+    return 0 if _AVX512 or not unfolds else x[:1].nbytes + 2 * weight.nbytes + _scratch(x, y, weight, stride, unfolds)
+
+
+def _scratch(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stride: Any, unfolds: bool) -> int:
     """Bytes of a plane of the input unfolded, or in bfloat16 of a sample turned around and of sums in float32, by thread."""
     threads = torch.get_num_threads()
-    if _unfolds(x, y, weight):
+    if unfolds:
         plane = prod(y.shape[3:])
         unfolded = x.shape[1] * prod(weight.shape[2:]) * plane * x.element_size()
         each = x.shape[0] > 1 and plane < _SHARED_FROM * threads
@@ -106,13 +137,16 @@ def _sharing_samples(x: torch.Tensor, y: torch.Tensor, stride: Any) -> int:
 
 
 def _has_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.shape[1] < _BLOCK and prod(weight.shape[2:]) > 1
+    """Tell whether the weights' gradient is summed over channels as they are, where others come in whole blocks."""
+    return prod(weight.shape[2:]) > 1 and (x.shape[1] < _BLOCK if _AVX512 else x.shape[1] == 3)
 
 
-def _unfolds(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> bool:
+def _unfolds(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, padding: Any) -> bool:
+    """Tell whether the weights' gradient is that of an unfolded plane."""
     if x.dtype == torch.bfloat16:
         return _has_few(x, weight) and y.shape[1] < _BLOCK
-    return (_has_few(x, weight) and x.shape[1] > 3) or min(x.shape[2:]) < min(weight.shape[2:])
+    awkward = _has_few(x, weight) and x.shape[1] > 3 if _AVX512 else x.dim() == 5 and padding[0] > 0
+    return awkward or min(x.shape[2:]) < min(weight.shape[2:])
 
 
 def _copies(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> tuple[int, int, int]:

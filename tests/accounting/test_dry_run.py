@@ -58,16 +58,36 @@ def test_what_a_convolution_takes_inside(use_threads, dtype, threads, batch, n_i
     x = torch.randn(batch, n_in, side, side, side).to(dtype)
     weight = torch.randn(*((n_in, n_out) if transposed else (n_out, n_in)), width, width, width).to(dtype)
     extra = [stride - 1 if transposed and width == 3 else 0] * 3
-    more = None, [stride] * 3, [(width - 1) // 2] * 3, [1] * 3, transposed, extra, 1
-    forward = x, weight, *more
+    require_foretold(x, weight, [stride] * 3, [(width - 1) // 2] * 3, [1] * 3, transposed, extra, 1)
+
+
+def require_foretold(x: torch.Tensor, weight: torch.Tensor, *more: object) -> None:
+    forward = x, weight, None, *more
     y = ATEN.convolution(*forward)
-    backward = y, *forward[:2], *more, [True, True, False]
+    backward = y, *forward, [True, True, False]
     for function, arguments, result, late in (
         (ATEN.convolution.default, forward, y.nbytes, 0),
         (ATEN.convolution_backward.default, backward, x.nbytes, weight.nbytes),
     ):
         peak = peak_live_bytes(lambda function=function, arguments=arguments: function(*arguments))
         assert result + max(bytes_inside(function, arguments, y), late) == pytest.approx(peak, rel=0.05), function
+
+
+LAYOUTS = [(1, 16, 16, 1, 0, True), (1, 8, 8, 3, 1, True), (1, 16, 32, 2, 0, True)]  # which PyTorch unfolds by itself
+if torch.backends.cpu.get_cpu_capability() == "AVX2":  # whose kernels are others
+    LAYOUTS += [(2, 16, 32, 3, 1, True), (2, 3, 16, 3, 1, True)]
+    LAYOUTS += [(2, 8, 8, 3, 0, False), (2, 6, 50, 3, 0, False), (2, 3, 8, 3, 0, False)]
+
+
+@pytest.mark.parametrize(("batch", "n_in", "n_out", "width", "padding", "channels_last"), LAYOUTS)
+def test_what_a_convolution_takes_of_channels_last_input_and_without_padding(
+    use_threads, batch, n_in, n_out, width, padding, channels_last
+):
+    use_threads(1)
+    x, weight = torch.randn(batch, n_in, 24, 24, 24), torch.randn(n_out, n_in, *[width] * 3)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    require_foretold(x, weight, [1] * 3, [padding] * 3, [1] * 3, False, [0] * 3, 1)
 
 
 def test_inputs_of_two_types_are_cast():
