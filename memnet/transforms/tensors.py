@@ -31,6 +31,7 @@ __all__ = [
     "RandTensorSymmetryd",
     "interpolate",
     "signed_permutations",
+    "turn",
 ]
 
 UNIT = 1e-3
@@ -251,7 +252,7 @@ def turn(values: torch.Tensor, order: tuple[int, int, int], sign: tuple[int, int
     turned = turned.flip([1 + i for i in range(3) if sign[i] < 0])
     pairs = [(max(order[i], order[j]), min(order[i], order[j])) for i, j in SYMMETRIC]
     sources = [SYMMETRIC.index((low, high)) for high, low in pairs]
-    signs = torch.tensor([float(sign[i] * sign[j]) for i, j in SYMMETRIC]).view(6, 1, 1, 1)
+    signs = values.new_tensor([float(sign[i] * sign[j]) for i, j in SYMMETRIC]).view(6, 1, 1, 1)
     return torch.cat([turned[sources] * signs, turned[6:]])
 
 

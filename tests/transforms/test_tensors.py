@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from diffusion_cases import GRIDS, Enlarge, field, positions
 from monai.data import MetaTensor
 
+import memnet
 from memnet.datasets.diffusion_files import write_tensors
 from memnet.diffusion.superresolution import TensorLoss, ValidPatchInferer, errors_in
 from memnet.diffusion.tensors import as_channels, as_matrices, block_mean, coarse_affine, complete_edge, fine_affine
@@ -153,6 +156,23 @@ def test_patches_fill_the_whole_volume(patch_size, sizes):
     for axis in (2, 3, 4):
         expected = expected.repeat_interleave(2, axis)
     assert torch.equal(refined, expected)
+
+
+@torch.no_grad()
+def test_mirrored_inference_is_that_of_the_mirror_image():
+    torch.manual_seed(0)
+    network, tensors = memnet.ESPCN(in_channels=6, upsampling_rate=2).eval(), torch.rand(6, 9, 8, 7)
+    one, all_eight = (ValidPatchInferer(mirrored=mirrored) for mirrored in (False, True))
+    for sign in ((-1, 1, 1), (1, -1, 1), (-1, 1, -1)):
+        turned = turn(tensors, (0, 1, 2), sign)
+        expected = turn(all_eight(tensors[None], network)[0], (0, 1, 2), sign)
+        torch.testing.assert_close(all_eight(turned[None], network)[0], expected)
+        assert not torch.allclose(one(turned[None], network)[0], expected, atol=1e-3)
+    signs = list(itertools.product((1, -1), repeat=3))
+    mean = sum(turn(one(turn(tensors, (0, 1, 2), s)[None], network)[0], (0, 1, 2), s) for s in signs) / 8
+    torch.testing.assert_close(all_eight(tensors[None], network)[0], mean)
+    with pytest.raises(ValueError, match="6 channels are mirrored, got 3"):
+        all_eight(torch.rand(1, 3, 11, 11, 11), network)
 
 
 def test_loss_looks_at_the_brain_alone():
