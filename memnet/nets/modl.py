@@ -93,11 +93,16 @@ class Regularization(_Step):
         contraction: bound the Lipschitz constant of :math:`R`, in place, to below 1 so that the iterations converge, see
             :func:`memnet.nets.contraction.contract`; None leaves it free.
 
+    Attributes:
+        turned: apply :math:`R` to the image and to the image with its phase turned by 90, 180 and 270 degrees, turn the results
+            back, and average them.
+
     Raises:
         ValueError: there are tiles, but the module has no ``halo``; or the module's constant cannot be bounded.
     """
 
     name = "regularization"
+    turned = False
 
     def __init__(
         self,
@@ -124,14 +129,21 @@ class Regularization(_Step):
     def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
         """Map ``[x, *rest]`` to ``[z, *rest]``, ``x`` complex ``(B, *dims)``."""
         x = state[0]
+        if not self.turned:
+            return [x + self._increment(x), *state[1:]]
+        z = x
+        for phase in (1, 1j, -1, -1j):
+            z = z + self._increment(phase * x) / (4 * phase)
+        return [z, *state[1:]]
+
+    def _increment(self, x: torch.Tensor) -> torch.Tensor:
         channels = torch.view_as_real(x).movedim(-1, 1)
         if self.tile is None:
             residual = self.residual(channels)
         else:
             residual = run_in_tiles(self.residual, channels, self.halo, self.tile)
         # Physics stays in float32 whatever the precision of the network.
-        residual = residual.to(x.real.dtype).movedim(1, -1).contiguous()
-        return [x + torch.view_as_complex(residual), *state[1:]]
+        return torch.view_as_complex(residual.to(x.real.dtype).movedim(1, -1).contiguous())
 
     def inverse(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Map ``(z, *rest)`` back to ``(x, *rest)``, approximately."""
@@ -253,9 +265,13 @@ class MoDL(nn.Module):
         every: under ``invert``, unrolls from one image that is kept to the next; all unrolls where None.
         on_drift: ``"raise"`` or ``"rerun"``, see :class:`memnet.Chain`.
         host: hold the images that backpropagation keeps in host memory.
+        n_turned: in evaluation, in how many unrolls, the last ones, the regulariser is averaged over four phases of the image:
+            the phase of an MR image as a whole is arbitrary, which a network of real and imaginary part does not know. In each
+            the regulariser then runs four times.
 
     Raises:
-        ValueError: ``n_unrolls`` or ``every`` is less than 1, or a contraction is asked of a regulariser that is given.
+        ValueError: ``n_unrolls`` or ``every`` is less than 1, ``n_turned`` is not between 0 and ``n_unrolls``, or a contraction
+            is asked of a regulariser that is given.
 
     References:
         MoDL: model-based deep learning architecture for inverse problems (Aggarwal et al., 2019),
@@ -278,8 +294,11 @@ class MoDL(nn.Module):
         every: int | None = None,
         on_drift: Literal["raise", "rerun"] = "raise",
         host: bool = False,
+        n_turned: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= n_turned <= n_unrolls:
+            raise ValueError(f"n_turned must be between 0 and the {n_unrolls} unrolls, got {n_turned}")
         for name, value in {"n_unrolls": n_unrolls, "every": every}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -298,6 +317,7 @@ class MoDL(nn.Module):
         self.data_consistency = DataConsistency() if data_consistency is None else data_consistency
         self.spatial_dims = spatial_dims
         self.n_unrolls, self.every, self.on_drift, self.host = n_unrolls, every, on_drift, host
+        self.n_turned = n_turned
         self.memory = memory
 
     @property
@@ -345,7 +365,7 @@ class MoDL(nn.Module):
         adjoint = operator.adjoint(kspace)
         # The coil maps are constants of the call, not of the chain's state: they have no gradient to carry along.
         consistency = _Consistency(self.data_consistency, operator)
-        steps = [s for i in range(self.n_unrolls) for s in (self.regularizers[i % len(self.regularizers)], consistency)]
+        steps = [s for i in range(self.n_unrolls) for s in (self._regularizer(i), consistency)]
         length = 2 * (self.every or self.n_unrolls) if self.memory == "invert" else len(steps)
         state: Any = (adjoint, adjoint)
         with _images_on_host(adjoint) if self.host else nullcontext():
@@ -353,6 +373,13 @@ class MoDL(nn.Module):
                 state = Chain(steps[i : i + length], self.memory, segment=1, on_drift=self.on_drift)(*state)
         # What no coil sees, data consistency leaves as the regulariser made it.
         return state[0] * csm.ne(0).any(1)
+
+    def _regularizer(self, unroll: int) -> nn.Module:
+        step: Any = self.regularizers[unroll % len(self.regularizers)]
+        if not self.training and unroll >= self.n_unrolls - self.n_turned:
+            step = copy.copy(step)  # with the same parameters
+            step.turned = True
+        return step
 
 
 def _some_voxels(x: torch.Tensor) -> torch.Tensor:

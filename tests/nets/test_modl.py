@@ -214,6 +214,34 @@ def test_the_image_is_zero_where_no_coil_sees(memory):
     assert (output[..., 5:] != 0).all()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_averaging_over_phases_makes_the_image_follow_the_phase_of_the_data(shared):
+    kspace, csm, mask = example(*SHAPES["slab"][:2])
+    plain, turned = (network(3, shared=shared, contraction=2.0, n_turned=n).eval() for n in (0, 3))
+    for net, follows in ((plain, False), (turned, True)):
+        assert torch.allclose(net(1j * kspace, csm, mask), 1j * net(kspace, csm, mask), atol=1e-5) == follows
+    torch.testing.assert_close(turned.train()(kspace, csm, mask), plain.train()(kspace, csm, mask), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_the_last_unrolls_alone_are_averaged():
+    inputs = example(*SHAPES["2D"][:2])
+    runs = []
+    for n_turned in range(4):
+        net = network(n_turned=n_turned).eval()
+        net.regularizers[0].residual[0].register_forward_hook(lambda *_: runs.append(1))
+        runs.clear()
+        net(*inputs)
+        assert len(runs) == 3 + 3 * n_turned
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "recursive", "invert"])
+def test_averages_are_differentiated_and_inverted(memory):
+    inputs = example(*SHAPES["2D"][:2])
+    nets = [network(memory=m, n_turned=2).eval() for m in (memory, "store")]
+    assert distance(*(gradients(net, inputs) for net in nets)) <= (1e-2 if memory == "invert" else 1e-6)
+
+
 def test_mu_is_learned_or_fixed():
     inputs = example(*SHAPES["2D"][:2])
     assert gradients(network(), inputs)["data_consistency.log_mu"].abs() > 0
@@ -272,6 +300,7 @@ def test_memory_is_switched_by_name_and_survives_a_copy():
     [
         (lambda: MoDL(n_unrolls=0), "n_unrolls"),
         (lambda: MoDL(every=0), "every"),
+        (lambda: MoDL(n_unrolls=4, n_turned=5), "n_turned"),
         (lambda: DataConsistency(mu=0.0), "mu"),
         (lambda: Regularization(nn.Identity(), tile=(4,)), "halo"),
         (lambda: Regularization(nn.BatchNorm2d(2), contraction=0.9), "cannot bound BatchNorm2d"),
