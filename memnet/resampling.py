@@ -1,7 +1,8 @@
 """Invertible down- and upsampling: pixel shuffles with an optional learned orthogonal mixing of each cube of voxels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,14 +98,18 @@ class OrthogonalMixing(nn.Module):
         """Multiply each group of channels by ``Q``: ``(B, channels * n, ...)`` to the same shape, in x's precision."""
         if torch.jit.is_scripting():
             return self.multiply(x, self.transposed)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.multiply(x, self.transposed)
+        return self._multiply_precisely(x, self.transposed)
 
     @torch.jit.unused
     def inverse(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply by the inverse, which is the transpose."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self.multiply(x, not self.transposed)
+        return self._multiply_precisely(x, not self.transposed)
+
+    @torch.jit.unused
+    def _multiply_precisely(self, x: torch.Tensor, transposed: bool) -> torch.Tensor:
+        # What the inverse misses must fit a byte: no bfloat16 of autocast, no TF32 of set_float32_matmul_precision("high").
+        with torch.autocast(x.device.type, enabled=False), _float32_products():
+            return self.multiply(x, transposed)
 
     @torch.jit.export
     def multiply(self, x: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -114,6 +119,22 @@ class OrthogonalMixing(nn.Module):
             q = q.transpose(1, 2)
         # contiguous, since the products' last bits depend on the strides, and an inverse must have the same
         return (q @ x.contiguous().reshape(x.shape[0], q.shape[0], q.shape[1], -1)).reshape(x.shape)
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    """Take float32 products in float32, whatever PyTorch was told to do with them."""
+    lowered: list[tuple[Any, str]] = []
+    if not torch.compiler.is_compiling():
+        backends: list[Any] = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
+        lowered = [(b, b.fp32_precision) for b in backends if b.fp32_precision not in ("ieee", "none")]
+    try:
+        for backend, _ in lowered:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in lowered:
+            backend.fp32_precision = precision
 
 
 class _Resampling(Invertible):

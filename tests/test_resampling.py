@@ -13,6 +13,7 @@ from checks import (
     streams,
 )
 from monai.networks.utils import pixelunshuffle
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memnet import AdditiveCoupling, Chain, InvertibleDownsample, InvertibleUpsample, OrthogonalMixing, Tap
 from memnet.grid import FRACTION_BITS, round_to_grid
@@ -83,6 +84,36 @@ def test_mixing_is_full_precision_under_autocast(device):
     with torch.autocast(device.type, torch.bfloat16):
         mixed = mixing(x)
     assert torch.equal(mixed, mixing(x))
+
+
+class _Products(TorchDispatchMode):
+    """Notes in which precision a GPU and oneDNN may take each product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten.bmm.default:
+            self.found.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.fixture
+def precision():
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("allowed", ["high", "medium"])
+def test_mixing_is_full_precision_where_lower_ones_are_allowed(allowed, precision):
+    precision(allowed)
+    mixing, x = OrthogonalMixing(3, 8), torch.randn(2, 24, 5)
+    with _Products() as products:
+        y = mixing(x)
+        mixing.inverse(y.detach())
+    assert products.found == {("ieee", "ieee")}
+    assert torch.get_float32_matmul_precision() == allowed
 
 
 @pytest.mark.parametrize("learned", [True, False])
