@@ -86,13 +86,24 @@ class OrthogonalMixing(nn.Module):
         self.transposed = transposed
 
     def matrix(self) -> torch.Tensor:
-        """Return ``Q``, of shape ``(channels, n, n)``."""
-        v = self.vectors
-        q = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(v.shape[0], -1, -1)
-        for i in range(v.shape[1]):
-            w = v[:, i, :].unsqueeze(2)
-            q = q - (q @ w) @ (2.0 * w / (w * w).sum(1, keepdim=True)).transpose(1, 2)
-        return q
+        r"""Return ``Q``, of shape ``(channels, n, n)``, computed in float64.
+
+        All reflections at once: :math:`Q = I - 2 V^T (I + N)^{-1} V` with the unit vectors as rows of :math:`V` and :math:`N`
+        twice the part of :math:`V V^T` above the diagonal, some power of which is zero, so that
+        :math:`(I + N)^{-1} = (I - N)(I + N^2)(I + N^4) \cdots`.
+        """
+        v = self.vectors.double()
+        v = v * (v * v).sum(2, keepdim=True).rsqrt()
+        power = 2.0 * torch.triu(v @ v.transpose(1, 2), 1)
+        one = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
+        inverse = one - power
+        n = 2
+        while n < v.shape[1]:
+            power = power @ power
+            inverse = inverse @ (one + power)
+            n *= 2
+        q = torch.eye(v.shape[2], dtype=v.dtype, device=v.device) - 2.0 * v.transpose(1, 2) @ inverse @ v
+        return q.to(self.vectors.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply each group of channels by ``Q``: ``(B, channels * n, ...)`` to the same shape, in x's precision."""

@@ -79,6 +79,18 @@ def test_mixing_stays_orthogonal_in_training():
     torch.testing.assert_close(matrix @ matrix.mT, torch.eye(8).expand(4, -1, -1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_the_matrix_is_the_product_of_the_reflections(size):
+    mixing = OrthogonalMixing(3, size)
+    with torch.no_grad():
+        mixing.vectors.copy_(torch.randn_like(mixing.vectors))
+    expected = torch.eye(size, dtype=torch.float64).expand(3, -1, -1)
+    for v in mixing.vectors.detach().double().unbind(1):
+        reflection = torch.eye(size) - 2 * v[:, :, None] * v[:, None, :] / v.square().sum(1)[:, None, None]
+        expected = expected @ reflection
+    torch.testing.assert_close(mixing.matrix(), expected.float(), atol=1e-6, rtol=0)
+
+
 def test_mixing_is_full_precision_under_autocast(device):
     mixing, (x,) = OrthogonalMixing(2, 4).to(device), streams(1, 8, 5, n=1, device=device)
     with torch.autocast(device.type, torch.bfloat16):
