@@ -37,8 +37,8 @@ def run_trial(
 ) -> Record:
     """Train a network of the bundle with a seed and evaluate its best epoch, unless the record of that is there already.
 
-    Both run as commands of the bundle's page would, in processes of their own, the evaluation without averaging over mirror
-    images, as in the paper; an interrupted training goes on.
+    Both run as commands of the bundle's page would, in processes of their own, the evaluation without averaging over
+    reflections, as in the paper; an interrupted training goes on.
 
     Args:
         bundle: the folder of ``brain_dti_superres_iqt``.
@@ -71,7 +71,7 @@ def run_trial(
     resume = (state / "model_last.pt").is_file()
     _run_bundle("training", train, {**options, "output_dir": state, "resume": resume})
     scores = state / "scores"
-    options |= {"ckpt_path": state / "model_best.pt", "output_dir": scores, "mirrored": False}
+    options |= {"ckpt_path": state / "model_best.pt", "output_dir": scores, "reflections": 1}
     _run_bundle("evaluating", f"['{train}','{evaluate}']", options)
     errors = {
         f"{method}{quantity}": _subjects(scores / f"{method}rmse_{quantity}_raw.csv")

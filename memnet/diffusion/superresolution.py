@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from memnet.diffusion.tensors import SYMMETRIC, fractional_anisotropy, mean_diffusivity
+from memnet.metadata import plain_tensor
 from memnet.transforms.tensors import EDGE, INTERIOR, interpolate, turn
 from memnet.workflow.checkpoints import load_weights
 from memnet.workflow.inferers import supports_bfloat16
@@ -26,6 +27,8 @@ Quantity = Literal["tensor", "md", "fa"]
 Region = Literal["interior", "edge", "total"]
 
 _IN_1E5 = 100.0  # from um^2/ms to 1e-5 mm^2/s
+# signs of the axes; the first two and the first four are groups
+_REFLECTIONS = [(1, 1, 1), (-1, -1, -1), (-1, 1, 1), (1, -1, -1), (1, -1, 1), (-1, 1, -1), (1, 1, -1), (-1, -1, 1)]
 _REGIONS = {"interior": (INTERIOR,), "edge": (EDGE,), "total": (EDGE, INTERIOR)}
 
 
@@ -65,18 +68,20 @@ class ValidPatchInferer(Inferer):
     convolutions within a network meet the border of a patch wherever they are in the volume, as in training. The volume goes
     on beyond its faces with their values.
 
-    A network does not refine a brain's mirror image as it refines the brain. With ``mirrored`` all eight reflections of the
-    volume are refined, reflected back, tensors included, and averaged, which takes eight times as long.
+    A network does not refine a brain's mirror image as it refines the brain. So several reflections of the volume may be refined,
+    reflected back, tensors included, and averaged.
 
     Args:
         patch_size: voxels a side of a patch.
         border: voxels on each side of a patch that are not refined.
         batch_size: patches at once.
         amp: autocast to bfloat16; ``None`` decides by :func:`memnet.workflow.inferers.supports_bfloat16`.
-        mirrored: average over the reflections; of tensors in NIfTI's order and the grid's axes.
+        reflections: how many are averaged, of tensors in NIfTI's order and the grid's axes: 1, the volume alone; 2, also its
+            reflection through a point; 4, these and their reflections along the first axis; 8, all.
 
     Raises:
-        ValueError: nothing is left of a patch without its border; at run time, if other than six channels are to be mirrored.
+        ValueError: nothing is left of a patch without its border, or ``reflections`` is none of these; at run time, if other than
+            six channels are to be reflected.
 
     References:
         Seven ways to improve example-based single image super resolution (Timofte, Rothe, Van Gool, 2016),
@@ -89,26 +94,51 @@ class ValidPatchInferer(Inferer):
         border: int = 2,
         batch_size: int = 32,
         amp: bool | None = False,
-        mirrored: bool = False,
+        reflections: int = 1,
     ) -> None:
         super().__init__()
         if patch_size <= 2 * border:
             raise ValueError(f"patch_size must be larger than twice the border of {border}, got {patch_size}")
         self.patch_size, self.border, self.batch_size, self.amp = patch_size, border, batch_size, amp
-        self.mirrored = mirrored
+        if reflections not in (1, 2, 4, 8):
+            raise ValueError(f"reflections must be 1, 2, 4 or 8, got {reflections}")
+        self.reflections = reflections
 
-    def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return ``(B, C', r D, r H, r W)`` of inputs ``(B, C, D, H, W)``."""
-        inputs = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        if not self.mirrored:
-            return self._refine(inputs, network, *args, **kwargs)
+    def __call__(
+        self,
+        inputs: torch.Tensor,
+        network: Callable[..., Any],
+        *args: Any,
+        brain: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Refine.
+
+        Args:
+            inputs: ``(B, C, D, H, W)``.
+            network: the network.
+            args: what else it takes.
+            brain: ``(B, 1, D, H, W)``, above 0 in the brain; patches without any are not refined.
+            kwargs: what else it takes, by name.
+
+        Returns:
+            ``(B, C', r D, r H, r W)``, 0 in patches without brain.
+        """
+        inputs = plain_tensor(inputs)
+        brain = torch.ones_like(inputs[:, :1]) if brain is None else plain_tensor(brain)
+        if self.reflections == 1:
+            return self._refine(inputs, brain, network, *args, **kwargs)
         if inputs.shape[1] != len(SYMMETRIC):
-            raise ValueError(f"only tensors of {len(SYMMETRIC)} channels are mirrored, got {inputs.shape[1]}")
-        signs = list(itertools.product((1, -1), repeat=3))
-        total = sum(_reflect(self._refine(_reflect(inputs, s), network, *args, **kwargs), s) for s in signs)
-        return cast(torch.Tensor, total) / len(signs)
+            raise ValueError(f"only tensors of {len(SYMMETRIC)} channels are reflected, got {inputs.shape[1]}")
+        total: Any = 0
+        for sign in _REFLECTIONS[: self.reflections]:
+            axes = [2 + i for i in range(3) if sign[i] < 0]
+            total += _reflect(self._refine(_reflect(inputs, sign), brain.flip(axes), network, *args, **kwargs), sign)
+        return total / self.reflections
 
-    def _refine(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _refine(
+        self, inputs: torch.Tensor, brain: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         sizes, stride = inputs.shape[2:], self.patch_size - 2 * self.border
         counts = [-(-n // stride) for n in sizes]
         after = [stride * count - n + self.border for count, n in zip(counts, sizes, strict=True)]
@@ -117,6 +147,7 @@ class ValidPatchInferer(Inferer):
             (b, [stride * k for k in place])
             for b in range(len(inputs))
             for place in itertools.product(*(range(count) for count in counts))
+            if (brain[b, 0][tuple(slice(stride * k, stride * (k + 1)) for k in place)] > 0).any()
         ]
         amp = supports_bfloat16(inputs.device) if self.amp is None else self.amp
         result: torch.Tensor | None = None
@@ -130,7 +161,7 @@ class ValidPatchInferer(Inferer):
                 refined = network(patches, *args, **kwargs).to(inputs.dtype)
             if result is None:
                 rate = refined.shape[-1] // stride
-                result = refined.new_empty(
+                result = refined.new_zeros(
                     (len(inputs), refined.shape[1], *(rate * stride * count for count in counts))
                 )
             for (b, at), patch in zip(part, refined, strict=True):
@@ -139,8 +170,8 @@ class ValidPatchInferer(Inferer):
         return result[:, :, : rate * sizes[0], : rate * sizes[1], : rate * sizes[2]]
 
 
-def _reflect(inputs: torch.Tensor, sign: tuple[int, ...]) -> torch.Tensor:
-    return torch.stack([turn(x, (0, 1, 2), cast(Any, sign)) for x in inputs])
+def _reflect(inputs: torch.Tensor, sign: tuple[int, int, int]) -> torch.Tensor:
+    return torch.stack([turn(x, (0, 1, 2), sign) for x in inputs])
 
 
 class Refiner:

@@ -159,20 +159,50 @@ def test_patches_fill_the_whole_volume(patch_size, sizes):
 
 
 @torch.no_grad()
-def test_mirrored_inference_is_that_of_the_mirror_image():
+@pytest.mark.parametrize(
+    ("reflections", "known", "unknown"),
+    [(2, (-1, -1, -1), (-1, 1, 1)), (4, (-1, 1, 1), (1, -1, 1)), (8, (1, -1, 1), None), (8, (1, 1, -1), None)],
+)
+def test_averages_over_reflections_do_not_depend_on_how_the_brain_lies(reflections, known, unknown):
     torch.manual_seed(0)
     network, tensors = memnet.ESPCN(in_channels=6, upsampling_rate=2).eval(), torch.rand(6, 9, 8, 7)
-    one, all_eight = (ValidPatchInferer(mirrored=mirrored) for mirrored in (False, True))
-    for sign in ((-1, 1, 1), (1, -1, 1), (-1, 1, -1)):
-        turned = turn(tensors, (0, 1, 2), sign)
-        expected = turn(all_eight(tensors[None], network)[0], (0, 1, 2), sign)
-        torch.testing.assert_close(all_eight(turned[None], network)[0], expected)
-        assert not torch.allclose(one(turned[None], network)[0], expected, atol=1e-3)
-    signs = list(itertools.product((1, -1), repeat=3))
-    mean = sum(turn(one(turn(tensors, (0, 1, 2), s)[None], network)[0], (0, 1, 2), s) for s in signs) / 8
-    torch.testing.assert_close(all_eight(tensors[None], network)[0], mean)
-    with pytest.raises(ValueError, match="6 channels are mirrored, got 3"):
-        all_eight(torch.rand(1, 3, 11, 11, 11), network)
+    one, several = ValidPatchInferer(), ValidPatchInferer(reflections=reflections)
+
+    def reflected(x, sign):
+        return turn(x, (0, 1, 2), sign)
+
+    refined = several(tensors[None], network)[0]
+    torch.testing.assert_close(several(reflected(tensors, known)[None], network)[0], reflected(refined, known))
+    assert not torch.allclose(one(reflected(tensors, known)[None], network)[0], reflected(refined, known), atol=1e-3)
+    if unknown:
+        found = several(reflected(tensors, unknown)[None], network)[0]
+        assert not torch.allclose(found, reflected(refined, unknown), atol=1e-3)
+    else:
+        signs = list(itertools.product((1, -1), repeat=3))
+        passes = [reflected(one(reflected(tensors, s)[None], network)[0], s) for s in signs]
+        torch.testing.assert_close(refined, sum(passes) / 8)
+
+
+def test_only_tensors_are_reflected():
+    with pytest.raises(ValueError, match="6 channels are reflected, got 3"):
+        ValidPatchInferer(reflections=2)(torch.rand(1, 3, 11, 11, 11), Enlarge())
+    with pytest.raises(ValueError, match="got 3"):
+        ValidPatchInferer(reflections=3)
+
+
+@pytest.mark.parametrize("reflections", [1, 8])
+def test_patches_without_brain_are_not_refined(reflections):
+    x, brain, sizes = torch.rand(1, 6, 21, 9, 16), torch.zeros(1, 1, 21, 9, 16), []
+    brain[0, 0, 17, 3, 12] = 1
+    network = Enlarge()
+    network.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    whole = ValidPatchInferer(reflections=reflections)(x, network)
+    n_patches = sum(sizes)
+    sizes.clear()
+    refined = ValidPatchInferer(reflections=reflections)(x, network, brain=brain)
+    assert sum(sizes) == reflections < n_patches
+    torch.testing.assert_close(refined[0, :, 34:36, 6:8, 24:26], whole[0, :, 34:36, 6:8, 24:26])
+    assert not refined[0, :, :14].any()
 
 
 def test_loss_looks_at_the_brain_alone():
