@@ -13,7 +13,8 @@ _ATEN = torch.ops.aten
 _SLOW_UP_TO = 20480  # product of the first four sizes of a float32 input of batch size 1 that PyTorch unfolds by itself
 _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _BLOCK = 16 if _AVX512 else 8  # of channels that oneDNN keeps together
-_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # whether oneDNN takes it; else PyTorch unfolds it by itself
+# whether oneDNN, if there is one, takes bfloat16; else PyTorch unfolds it by itself
+_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _SHARED_FROM = 256  # voxels of a plane for each thread, from which all unfold one; below, each that of its own sample
 
 

@@ -125,7 +125,7 @@ class ValidPatchInferer(Inferer):
             ``(B, C', r D, r H, r W)``, 0 in patches without brain.
         """
         inputs = plain_tensor(inputs)
-        brain = torch.ones_like(inputs[:, :1]) if brain is None else plain_tensor(brain)
+        brain = torch.ones(len(inputs), 1, *inputs.shape[2:]) if brain is None else plain_tensor(brain).cpu()
         if self.reflections == 1:
             return self._refine(inputs, brain, network, *args, **kwargs)
         if inputs.shape[1] != len(SYMMETRIC):
