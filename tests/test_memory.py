@@ -6,7 +6,7 @@ from checks import couplings, peak, streams
 from torch import nn
 
 from memnet import Chain, ChannelMerge, ChannelSplit
-from memnet.accounting.live_memory import peak_live_bytes
+from memnet.accounting.live_memory import _Allocation, _peak_of_totals, peak_live_bytes
 from memnet.nets.segmentation import norm_act_conv
 
 
@@ -49,6 +49,24 @@ def test_peak_leaves_out_parameter_gradients_alone():
     counted = peak_live_bytes(run)
     weight.grad = None
     assert counted - peak_live_bytes(run, [weight]) == 4096
+
+
+def test_peak_where_the_end_of_an_allocation_is_not_told():
+    """A profile leaves out what a GPU frees between operations; what its allocator has given out says it all the same."""
+    events = [
+        _Allocation(address=1, size=400, total=1400),
+        _Allocation(address=2, size=300, total=1700),
+        # address 1 is freed
+        _Allocation(address=3, size=200, total=1500),
+        _Allocation(address=4, size=500, total=2000),
+        _Allocation(address=3, size=-200, total=1800),
+        _Allocation(address=1, size=100, total=1900),
+    ]
+    assert _peak_of_totals(events, set(), before=1000) == 1000
+    assert _peak_of_totals(events, {4}, before=1000) == 700
+    assert _peak_of_totals(events, {1}, before=1000) == 1000, "an address counts from its latest allocation on"
+    assert _peak_of_totals(events[:1], {1}, before=1000) == 0
+    assert _peak_of_totals([], set(), before=1000) == 0
 
 
 def _branch(channels=8):
