@@ -218,6 +218,7 @@ class Chain(nn.ModuleList):
         # The state comes in a list and is taken out of it: an argument would live for as long as the call.
         records: list[Recorded] = []
         magnitudes: list[torch.Tensor] = []
+        shares: list[torch.Tensor] = []
         for block in self:
             recorded = (block.record_over if owned else block.record)(*held.pop())
             owned = bool(block.renews)
@@ -225,10 +226,11 @@ class Chain(nn.ModuleList):
             held.append(state)
             if block.fraction_bits is not None:
                 magnitudes += [magnitude(x) for x in state[:2] if x.is_floating_point() and x.numel()]
+            shares += recorded.shares
             records.append(recorded._replace(state=()))
             del recorded, state
         if self.fraction_bits is not None:
-            check_range(magnitudes, self.fraction_bits)
+            check_range(magnitudes, shares, self.fraction_bits)
         kept = tuple(x for recorded in records for x in recorded.kept)
         return Recorded(held.pop(), [(r.replays, len(r.kept)) for r in records], kept)
 
@@ -237,7 +239,7 @@ class Chain(nn.ModuleList):
         self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
     ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], Gradients]:
         """See :meth:`memnet.Invertible.pull_back`."""
-        state, notes, kept, owned, wanted = recorded
+        state, notes, kept, owned, wanted, _ = recorded
         # Each block gets the only reference to the state and its gradients, and can free them before it is done.
         held: list[Any] = [gradients, state]
         del recorded, gradients, state

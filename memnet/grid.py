@@ -145,18 +145,23 @@ def magnitude(x: torch.Tensor) -> torch.Tensor:
     return torch.maximum(-least, largest)
 
 
-def check_range(magnitudes: list[torch.Tensor], fraction_bits: int) -> None:
+def check_range(magnitudes: list[torch.Tensor], shares: list[torch.Tensor], fraction_bits: int) -> None:
     """Refuse streams that left the range in which the grid is exact.
 
     Args:
         magnitudes: the largest magnitude of each stream, as tensors of one element.
+        shares: see :class:`memnet.invertible.Recorded`, likewise.
         fraction_bits: ``k``; the limit is ``2^(24-k)``.
 
     Raises:
-        OutOfRangeError: a stream is not finite, or as large as the limit.
+        OutOfRangeError: a stream is not finite, or as large as the limit, or a share is 1 or more.
     """
     if not magnitudes:
         return
     limit = stream_limit(fraction_bits)
-    if not torch.stack([m.double() for m in magnitudes]).amax().item() < limit:
+    most = [torch.stack([x.double() for x in found]).amax() for found in (magnitudes, shares) if found]
+    largest, share = [*torch.stack(most).tolist(), 0.0][:2]  # one look for both
+    if not largest < limit:
         raise OutOfRangeError(f"a residual stream left the range +-{limit:g} of fraction_bits={fraction_bits}")
+    if not share < 1:
+        raise OutOfRangeError(f"a residual stream is too large to be resampled with fraction_bits={fraction_bits}")

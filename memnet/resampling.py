@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memnet.grid import FRACTION_BITS, OutOfRangeError, as_stream, grid_step, round_to_grid
+from memnet.grid import FRACTION_BITS, as_stream, grid_step, magnitude, round_to_grid
 from memnet.invertible import Invertible, Recorded
 from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
 
@@ -245,14 +245,17 @@ class _Resampling(Invertible):
         """See :meth:`memnet.Invertible.record`; keeps one byte a resampled value, the rounding error of the inverse."""
         coarse, rest = self.split(list(state), self.downwards)
         replays = [Replay(mixing) for mixing in self.mixings]
-        kept = []
+        kept, shares = [], []
         for i, (mixing, replay) in enumerate(zip(self.mixings, replays, strict=True)):
             before = coarse[i]
             coarse[i] = self.on_grid(*replay.first(before))
             if self.fraction_bits is not None:
                 step = grid_step(before.dtype, self.fraction_bits)
-                kept.append(self._missed(before, mixing.inverse(coarse[i]), step))
-        return Recorded(tuple(self.join(coarse, rest, not self.downwards)), replays, tuple(kept))
+                steps = _missed(before, mixing.inverse(coarse[i]), step)
+                shares.append(magnitude(steps) / 128)
+                kept.append(steps.to(torch.int8))
+        state = tuple(self.join(coarse, rest, not self.downwards))
+        return Recorded(state, replays, tuple(kept), shares=tuple(shares))
 
     @torch.jit.unused
     def pull_back(
@@ -278,15 +281,10 @@ class _Resampling(Invertible):
         inputs = tuple(self.join(coarse, rest, self.downwards))
         return inputs, [*self.join(d_coarse, d_rest, self.downwards)], parameter_gradients
 
-    @torch.jit.unused
-    def _missed(self, x: torch.Tensor, inverted: torch.Tensor, step: float) -> torch.Tensor:
-        """Return how many grid steps an inverse, whose memory is used up, is off once rounded, as int8."""
-        steps = inverted.div_(step).round_().neg_().add_(x, alpha=1 / step)
-        if not torch.linalg.vector_norm(steps, float("inf")).item() <= 127:
-            raise OutOfRangeError(
-                f"a residual stream is too large to be resampled with fraction_bits={self.fraction_bits}"
-            )
-        return steps.to(torch.int8)
+
+def _missed(x: torch.Tensor, inverted: torch.Tensor, step: float) -> torch.Tensor:
+    """Return how many grid steps an inverse, whose memory is used up, is off once rounded."""
+    return inverted.div_(step).round_().neg_().add_(x, alpha=1 / step)
 
 
 class InvertibleDownsample(_Resampling):

@@ -1,5 +1,7 @@
 """Invertible down- and upsampling: exact both ways, orthogonal for good, the four checks."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from checks import (
@@ -16,7 +18,7 @@ from monai.networks.utils import pixelunshuffle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memnet import AdditiveCoupling, Chain, InvertibleDownsample, InvertibleUpsample, OrthogonalMixing, Tap
-from memnet.grid import FRACTION_BITS, round_to_grid
+from memnet.grid import FRACTION_BITS, grid_step, round_to_grid
 from memnet.resampling import squeeze, unsqueeze
 
 SIZES = {1: (6,), 2: (6, 4), 3: (6, 4, 2)}
@@ -221,9 +223,34 @@ def test_unusable_arguments_are_refused(spatial_dims, channels_down, said):
         InvertibleDownsample(spatial_dims, 3, channels_down)
 
 
-def test_streams_too_large_for_the_residual_fall_back_to_checkpoints():
+@pytest.mark.parametrize(("steps", "fits"), [(120, True), (136, False)])
+def test_inverse_too_far_off_for_the_residual_falls_back_to_checkpoints(monkeypatch, steps, fits):
+    chain = Chain([perturb(InvertibleDownsample(1, 3)), InvertibleUpsample(1, 3)])
+    inputs = [torch.ones(1, 3, 4)]
+    stored = step(chain, inputs, "store")
+    inverse = OrthogonalMixing.inverse
+    off = steps * grid_step(torch.float32, FRACTION_BITS)
+    monkeypatch.setattr(OrthogonalMixing, "inverse", lambda self, y: inverse(self, y).add(off))
+    with nullcontext() if fits else pytest.warns(UserWarning, match="too large to be resampled with fraction_bits=14"):
+        assert differing(step(chain, inputs, "invert"), stored) == []
+
+
+def test_streams_out_of_range_fall_back_to_checkpoints():
     chain = Chain([perturb(InvertibleDownsample(1, 3))])
     inputs = [torch.full((1, 3, 4), 1e6)]
     stored = step(chain, inputs, "store")
-    with pytest.warns(UserWarning, match="too large to be resampled with fraction_bits=14"):
+    with pytest.warns(UserWarning, match="left the range"):
         assert differing(step(chain, inputs, "invert"), stored) == []
+
+
+@pytest.mark.parametrize("n_levels", [1, 3])
+def test_looks_at_the_range_once_a_chain(monkeypatch, n_levels):
+    """A GPU stands still for every look at a value."""
+    looks = []
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        look = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, look=look, name=name: looks.append(name) or look(x))
+    blocks = [InvertibleDownsample(1, 4 * 2**i, n_streams=2) for i in range(n_levels)]
+    chain = Chain([*blocks, AdditiveCoupling(*[branch(4 * 2**n_levels, 1) for _ in range(2)])], "invert")
+    chain(*[torch.ones(1, 4, 16, requires_grad=True) for _ in range(2)])
+    assert looks == ["tolist"]
