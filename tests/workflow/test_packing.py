@@ -61,7 +61,7 @@ def test_segments_where_monai_unpacks_it(
     np.testing.assert_array_equal(*maps)
     network = monai.bundle.load(TISSUE.name, bundle_dir=str(unpacked.parent), workflow_type="inference")
     for key, value in torch.load(bundle / "models" / "model.pt", weights_only=True).items():
-        assert torch.equal(network.state_dict()[key], value), key
+        assert torch.equal(network.state_dict()[key].cpu(), value), key
 
 
 def test_same_files_make_the_same_archive(bundle: Path, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_links_hold_in_every_packed_document(name: str, shipped: Callable[[Path]
     folder, _ = pack_bundle(shipped(BUNDLES / name), tmp_path / "packed")
     documents = [folder / "README.md", *folder.glob("docs/**/*.md")]
     for document in documents:
-        for target in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
+        for target in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8")):
             if "://" not in target:
                 linked = (document.parent / target).resolve()
                 assert linked.exists() and linked.is_relative_to(folder.resolve()), f"{document.name}: {target}"
