@@ -14,7 +14,7 @@ from memnet.losses import InvResLoss
 from memnet.mri.operators import SenseOperator
 from memnet.mri.solvers import conjugate_gradient
 from memnet.nets import ESPCN, ESPCNRevNet, FullyInvResUNet, MoDL, PartiallyInvResUNet, UNet3D
-from memnet.nets.modl import DataConsistency, Regularization, ResidualCNN
+from memnet.nets.modl_steps import DataConsistency, Regularization, ResidualCNN
 from memnet.resampling import InvertibleDownsample, InvertibleUpsample, OrthogonalMixing, Tap
 from memnet.residual import InvertibleResidual
 from memnet.tiles import run_in_tiles

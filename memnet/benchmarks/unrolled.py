@@ -14,7 +14,8 @@ from memnet.benchmarks.measurement import measure_in_turn
 from memnet.benchmarks.records import write_whole
 from memnet.benchmarks.tables import machine, markdown_table, shown
 from memnet.mri.operators import SenseOperator
-from memnet.nets.modl import DataConsistency, MoDL, Regularization, ResidualCNN
+from memnet.nets.modl import MoDL
+from memnet.nets.modl_steps import DataConsistency, Regularization, ResidualCNN
 
 __all__ = ["STRATEGIES", "Cost", "compare_strategies", "draw_costs", "simulated_slab", "unrolled_network"]
 

@@ -9,7 +9,8 @@ from torch import nn
 from memnet import DriftError, set_memory
 from memnet.accounting.live_memory import peak_live_bytes
 from memnet.mri.operators import SenseOperator
-from memnet.nets.modl import DataConsistency, MoDL, Regularization, ResidualCNN
+from memnet.nets.modl import MoDL
+from memnet.nets.modl_steps import DataConsistency, Regularization, ResidualCNN
 from memnet.workflow.checkpoints import load_weights
 
 SHAPES = {
