@@ -10,6 +10,7 @@ from memnet.accounting import planner
 from memnet.benchmarks import (
     comparison,
     depth,
+    layouts,
     scaling,
     superresolution,
     superresolution_trials,
@@ -31,6 +32,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     planner.add_parser,
     packing.add_parser,
     training_memory.add_parser,
+    layouts.add_parser,
     comparison.add_parser,
     depth.add_parser,
     scaling.add_parser,
