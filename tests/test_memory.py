@@ -1,5 +1,9 @@
 """The proof by live bytes: with ``invert`` the peak of forward and backward does not grow with depth."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from checks import couplings, peak, streams
@@ -34,6 +38,15 @@ def test_peak_ignores_what_was_alive_before():
 
 def test_peak_counts_results():
     assert peak_live_bytes(lambda: [torch.zeros(256) for _ in range(3)]) == 3 * 4 * 256
+
+
+def test_measuring_says_nothing():
+    script = "import torch, memnet.accounting.live_memory as m; m.peak_live_bytes(lambda: torch.ones(3))"
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, env=environment, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_peak_leaves_out_parameter_gradients_alone():
