@@ -154,7 +154,7 @@ def check_range(magnitudes: list[torch.Tensor], shares: list[torch.Tensor], frac
         fraction_bits: ``k``; the limit is ``2^(24-k)``.
 
     Raises:
-        OutOfRangeError: a stream is not finite, or as large as the limit, or a share is 1 or more.
+        OutOfRangeError: a stream is not finite, or as large as the limit, or a share is above 1.
     """
     if not magnitudes:
         return
@@ -163,5 +163,5 @@ def check_range(magnitudes: list[torch.Tensor], shares: list[torch.Tensor], frac
     largest, share = [*torch.stack(most).tolist(), 0.0][:2]  # one look for both
     if not largest < limit:
         raise OutOfRangeError(f"a residual stream left the range +-{limit:g} of fraction_bits={fraction_bits}")
-    if not share < 1:
+    if not share <= 1:
         raise OutOfRangeError(f"a residual stream is too large to be resampled with fraction_bits={fraction_bits}")

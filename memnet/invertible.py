@@ -25,7 +25,7 @@ class Recorded(NamedTuple):
         owned: whether nobody else has the memory of the outputs and their gradients, so that the backward pass may write over
             it.
         wanted: whether the inputs themselves are asked of the backward pass; where not, it may give none.
-        shares: one-element tensors that say how much of a bound the block's numbers took; from 1 on the record cannot be
+        shares: one-element tensors that say how much of a bound the block's numbers took; above 1 the record cannot be
             inverted. A chain looks at all of them once, at its end, since a GPU stands still for every look.
     """
 

@@ -282,15 +282,15 @@ def _without_autocast_cache() -> Iterator[None]:
 
 @contextmanager
 def _unmeasured_convolutions() -> Iterator[None]:
-    """Let cuDNN choose by its rules where it would measure: each thread does so by itself, and autograd's may choose another."""
+    """Let cuDNN choose deterministic kernels by its rules: where it measures, each thread, autograd's too, does so by itself."""
     cudnn = torch.backends.cudnn
-    if not cudnn.benchmark:
+    before = cudnn.benchmark, cudnn.deterministic
+    if before == (False, True):
         yield
         return
-    deterministic = cudnn.deterministic
     # What a thread has measured serves whatever has the same flags; nothing measured has these, unless both are set outside.
     cudnn.benchmark, cudnn.deterministic = False, True
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.deterministic = True, deterministic
+        cudnn.benchmark, cudnn.deterministic = before

@@ -252,7 +252,7 @@ class _Resampling(Invertible):
             if self.fraction_bits is not None:
                 step = grid_step(before.dtype, self.fraction_bits)
                 steps = _missed(before, mixing.inverse(coarse[i]), step)
-                shares.append(magnitude(steps) / 128)
+                shares.append(magnitude(steps) / 127)
                 kept.append(steps.to(torch.int8))
         state = tuple(self.join(coarse, rest, not self.downwards))
         return Recorded(state, replays, tuple(kept), shares=tuple(shares))

@@ -44,8 +44,8 @@ class OperatorNormBound(nn.Module):
         self.mode = {"zeros": "constant"}.get(convolution.padding_mode, convolution.padding_mode)
         self.dilation, self.groups, self.bound = convolution.dilation, convolution.groups, bound
         shape = (1, convolution.in_channels, *[size] * (weight.dim() - 2))
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(shape, generator=generator).to(weight)
+        generator = torch.Generator("cpu").manual_seed(0)
+        v = torch.randn(shape, generator=generator, device="cpu").to(weight)
         self.register_buffer("direction", v / v.norm())
         self.refresh(weight, n_iterations)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import pickle
@@ -249,7 +250,18 @@ class TrainingCheckpoint:
 def _save(content: Any, target: Path) -> None:
     # into Python's file, since torch's own forgets why it failed
     with whole_file(target) as partial, partial.open("wb") as file:
-        torch.save(content, file)
+        torch.save(_on_cpu(content), file)
+
+
+def _on_cpu(content: Any) -> Any:
+    """Move the tensors of nested dictionaries and lists, so that whoever loads the file needs no GPU, or not as many."""
+    if isinstance(content, torch.Tensor):
+        return content.cpu()
+    if isinstance(content, dict):
+        moved = copy.copy(content)  # a state_dict's attributes, too
+        moved.update((key, _on_cpu(value)) for key, value in content.items())
+        return moved
+    return type(content)(map(_on_cpu, content)) if type(content) in (list, tuple) else content
 
 
 def _claim(folder: Path) -> None:

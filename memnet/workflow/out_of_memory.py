@@ -16,9 +16,16 @@ __all__ = ["is_out_of_memory", "what_fits"]
 _WORDS = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUFFT_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
 )
+# what these libraries say of other faults, too, so that it counts where a GPU is nearly full
+_AMBIGUOUS = ("unable to find an engine to execute this computation", "CUFFT_INTERNAL_ERROR")
+_NEARLY_FULL = 0.1  # less than this share of a GPU's memory is free
 # of the device's memory; the rest is for its context, the libraries' workspaces and gaps
 _SHARE = 0.85
 # the numbers of a config that its memory grows with, and how a person makes each smaller
@@ -27,8 +34,21 @@ _SIZES = ("roi_size", "slab_size", "patch_size", "batch_size", "sw_batch_size", 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error is a device's or the machine's memory running out."""
-    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
-    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _WORDS):
+        return True
+    return any(words in str(error) for words in _AMBIGUOUS) and _is_nearly_full()
+
+
+def _is_nearly_full() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    # of what the allocator keeps for itself only a part could be given out, in pieces that may be too small
+    return any(
+        free < _NEARLY_FULL * total
+        for free, total in (torch.cuda.mem_get_info(place) for place in range(torch.cuda.device_count()))
+    )
 
 
 def what_fits(config: Mapping[str, Any], budget: int | None = None) -> str:

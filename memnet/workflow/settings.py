@@ -208,11 +208,14 @@ def _all_are(types: tuple[type, ...], values: Sequence[Any]) -> bool:
 
 def _check_device(device: str) -> None:
     try:
-        kind = torch.device(device).type
+        kind, place = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}, expected cpu, cuda or, of several, cuda:0") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but PyTorch sees no GPU here; give --device cpu, or leave it out")
+    if kind == "cuda" and place >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"device is {device!r}, but the last GPU that PyTorch sees here is cuda:{last}")
 
 
 def _shipped_configs(folder: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from memnet.accounting.planner import TrainingStep
 from memnet.bundle import _is_news, _print_input_error, input_error
 from memnet.workflow import out_of_memory
 from memnet.workflow.checkpoints import load_weights
-from memnet.workflow.out_of_memory import what_fits
+from memnet.workflow.out_of_memory import is_out_of_memory, what_fits
 
 pytestmark = WARNINGS
 
@@ -184,6 +184,10 @@ def test_out_of_memory_names_a_strategy_that_fits(
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError("CUDA driver error: out of memory"),
     ],
 )
 def test_out_of_memory_elsewhere_names_what_to_make_smaller(error: Exception) -> None:
@@ -193,3 +197,18 @@ def test_out_of_memory_elsewhere_names_what_to_make_smaller(error: Exception) ->
         what_fits(inference)
         == "make --roi_size (now [96, 96, 96]) or --sw_batch_size (now 1) smaller, or give --device cpu"
     )
+
+
+@pytest.mark.parametrize(
+    "told", ["GET was unable to find an engine to execute this computation", "CUFFT_INTERNAL_ERROR"]
+)
+@pytest.mark.parametrize(("free", "is_memory"), [(1, True), (50, False)])
+def test_error_of_many_causes_is_of_memory_where_a_gpu_is_nearly_full(
+    monkeypatch: pytest.MonkeyPatch, told: str, free: int, is_memory: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not is_out_of_memory(RuntimeError(told))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free if place else 90, 100))
+    assert is_out_of_memory(RuntimeError(told)) == is_memory

@@ -63,6 +63,11 @@ def test_what_a_person_may_give_is_taken(overrides: dict[str, Any]) -> None:
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "device is 'cuda:1', but PyTorch sees no GPU" in refused(TISSUE.folder, device="cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "device is 'cuda:1', but the last GPU that PyTorch sees here is cuda:0" in refused(
+        TISSUE.folder, device="cuda:1"
+    )
 
 
 @pytest.mark.parametrize(
