@@ -1,5 +1,6 @@
 """A chain of blocks whose memory strategy says what backpropagation keeps."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
@@ -219,6 +220,7 @@ class Chain(nn.ModuleList):
         records: list[Recorded] = []
         magnitudes: list[torch.Tensor] = []
         shares: list[torch.Tensor] = []
+        witness: tuple[torch.Tensor, ...] = ()
         for block in self:
             recorded = (block.record_over if owned else block.record)(*held.pop())
             owned = bool(block.renews)
@@ -227,11 +229,13 @@ class Chain(nn.ModuleList):
             if block.fraction_bits is not None:
                 magnitudes += [magnitude(x) for x in state[:2] if x.is_floating_point() and x.numel()]
             shares += recorded.shares
+            if not records and len(self) > 1 and self.exact:
+                witness = (_some_values(state),)
             records.append(recorded._replace(state=()))
             del recorded, state
         if self.fraction_bits is not None:
             check_range(magnitudes, shares, self.fraction_bits)
-        kept = tuple(x for recorded in records for x in recorded.kept)
+        kept = tuple(x for recorded in records for x in recorded.kept) + witness
         return Recorded(held.pop(), [(r.replays, len(r.kept)) for r in records], kept)
 
     @torch.jit.unused
@@ -243,8 +247,12 @@ class Chain(nn.ModuleList):
         # Each block gets the only reference to the state and its gradients, and can free them before it is done.
         held: list[Any] = [gradients, state]
         del recorded, gradients, state
+        n_kept = sum(n for _, n in notes)
+        kept, witness = kept[:n_kept], kept[n_kept:]
         parameter_gradients: Gradients = {}
         for i in reversed(range(len(self))):
+            if i == 0 and witness:
+                _testify(witness[0], held[-1])
             block, (replays, n_kept), asked = self[i], notes[i], wanted or i > 0
             mine, kept = kept[len(kept) - n_kept :], kept[: len(kept) - n_kept]
             inputs, input_gradients, more = block.pull_back(
@@ -255,6 +263,27 @@ class Chain(nn.ModuleList):
             del inputs, input_gradients
             accumulate(parameter_gradients, more)
         return held.pop(), held.pop(), parameter_gradients
+
+
+def _some_values(state: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Copy about a thousand values of each floating-point tensor, the same whatever its strides."""
+    tensors = [x for x in state if x.is_floating_point()]
+    places = [tuple(slice(None, None, max(1, -(-n // 4))) for n in x.shape) for x in tensors]
+    return torch.cat([x[place].flatten().double() for x, place in zip(tensors, places, strict=True)])
+
+
+def _testify(witness: torch.Tensor, state: Sequence[torch.Tensor]) -> None:
+    """Warn where the state that a first block gave out has come back otherwise."""
+    found = _some_values(state)
+    if torch.equal(found, witness):
+        return
+    warnings.warn(
+        f"a chain's inversion brought back other numbers than its forward pass computed, by up to "
+        f"{(found - witness).abs().max():.1e}: a recomputation ran other kernels, as where a GPU is too full for the workspace "
+        'of its library\'s first choice. The gradients of this step are inexact; memory="checkpoint" does not rely on it.',
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _shared_grid(chain: Chain) -> int | None:

@@ -1,6 +1,7 @@
 """A chain computes the same under every memory strategy, for every kind of state."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -84,7 +85,10 @@ def test_activations_kept_between_forward_and_backward(memory, least, most):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         outputs = chain(*inputs)
-    assert least <= sum(kept.values()) / sum(y.nbytes for y in outputs) <= most
+    # invert compares some values when it comes back to them: of each stream at most four along each axis, in float64
+    compared = 8 * sum(math.prod(min(4, n) for n in y.shape) for y in outputs) if memory == "invert" else 0
+    size = sum(y.nbytes for y in outputs)
+    assert least * size <= sum(kept.values()) <= most * size + compared
 
 
 def test_state_dict_is_the_same_under_every_strategy():
@@ -262,3 +266,27 @@ def test_a_nested_chain_rounds_what_comes_off_the_grid():
 
 def test_an_empty_batch():
     check_parity(couplings(2), streams(0, 3, 5))
+
+
+class _OtherKernels(nn.Module):
+    """Multiplies, and sums up otherwise from its second call on."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3))
+        self.calls, self.after = 0, after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * self.weight + (1e-3 if self.calls > self.after else 0.0)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("n_blocks", [1, 3])
+def test_inversion_that_brings_back_other_numbers_is_told(place, n_blocks):
+    """What a GPU does whose library takes one kernel in the forward pass and another in the backward pass."""
+    blocks = [AdditiveCoupling(*[_OtherKernels(1 if i == place else 9) for _ in range(2)]) for i in range(n_blocks)]
+    outputs = Chain(blocks, "invert")(*[torch.rand(2, 3, requires_grad=True) for _ in range(2)])
+    told = 0 < place < n_blocks
+    with pytest.warns(RuntimeWarning, match="brought back other numbers .* by up to") if told else nullcontext():
+        sum(y.sum() for y in outputs).backward()
