@@ -49,7 +49,8 @@ class Chain(nn.ModuleList):
         on_drift: what ``invert`` does where an inverse that is only approximate leaves its tolerance: ``"raise"``, or
             ``"rerun"`` the chain from its input, which is then kept, too, as ``recursive`` does.
         memory_budget: bytes that may be alive at once in the chain's forward and backward pass under ``auto``, such as
-            ``"12GiB"``; None where the network around the chain has the budget.
+            ``"12GiB"``; None where the network around the chain has the budget. A GPU's libraries take their workspaces
+            beside it.
 
     Attributes:
         stored: under ``auto``, the places of the blocks whose activations are stored.

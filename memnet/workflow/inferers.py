@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 
-__all__ = ["PrecisionInferer", "PrecisionSlidingWindowInferer", "supports_bfloat16"]
+__all__ = ["PrecisionInferer", "PrecisionSlidingWindowInferer", "bfloat16_autocast", "supports_bfloat16"]
 
 
 def supports_bfloat16(device: torch.device | str) -> bool:
@@ -42,7 +43,7 @@ class PrecisionInferer(SimpleInferer):
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return ``network(inputs)``; inputs are ``(B, C, D, H, W)``."""
-        with _autocast(inputs, self.amp):
+        with bfloat16_autocast(inputs.device, self.amp):
             return network(_channels_last(inputs), *args, **kwargs)
 
 
@@ -60,17 +61,32 @@ class PrecisionSlidingWindowInferer(SlidingWindowInferer):
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the logits ``(B, classes, D, H, W)`` of inputs ``(B, C, D, H, W)``, in the inputs' dtype."""
-        amp = supports_bfloat16(inputs.device) if self.amp is None else self.amp
 
         def window(x: torch.Tensor, *window_args: Any, **window_kwargs: Any) -> Any:
             return network(_channels_last(x), *window_args, **window_kwargs)
 
-        with _autocast(inputs, amp):
+        with bfloat16_autocast(inputs.device, self.amp):
             return super().__call__(inputs, window, *args, **kwargs)
 
 
-def _autocast(inputs: torch.Tensor, amp: bool) -> AbstractContextManager[Any]:
-    return torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=amp)
+def bfloat16_autocast(device: torch.device, amp: bool | None) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16.
+
+    Args:
+        device: where the inputs lie.
+        amp: whether to; ``None`` decides by :func:`supports_bfloat16`.
+
+    Warns:
+        UserWarning: a GPU before compute capability 8.0 is asked to, which would convolve by a kernel that unfolds its
+            input, many times the memory and time of float32's; it computes in float32 instead.
+    """
+    supported = supports_bfloat16(device)
+    if amp and device.type == "cuda" and not supported:
+        warnings.warn(
+            "this GPU has no bfloat16 convolutions (compute capability 8.0); it computes in float32", stacklevel=3
+        )
+        amp = False
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=supported if amp is None else amp)
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from monai.inferers import Inferer
 from tqdm import trange
 
 from memnet.metadata import plain_tensor
-from memnet.workflow.inferers import supports_bfloat16
+from memnet.workflow.inferers import bfloat16_autocast
 
 __all__ = ["SlabInferer"]
 
@@ -41,8 +41,7 @@ class SlabInferer(Inferer):
         """Return what the network makes of ``(B, C, slices, y, z)``, ``(B, C', slices, y, z)``."""
         # MetaTensors of a batch cannot be cut
         inputs = plain_tensor(inputs)
-        amp = supports_bfloat16(inputs.device) if self.amp is None else self.amp
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
+        with bfloat16_autocast(inputs.device, self.amp):
             return self._blend(inputs, lambda slab: network(slab, *args, **kwargs))
 
     def _blend(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
