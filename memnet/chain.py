@@ -267,10 +267,11 @@ class Chain(nn.ModuleList):
 
 
 def _some_values(state: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Copy about a thousand values of each floating-point tensor, the same whatever its strides."""
+    """Copy some values of each floating-point tensor, of a volume's about a thousand, the same whatever its strides."""
     tensors = [x for x in state if x.is_floating_point()]
     places = [tuple(slice(None, None, max(1, -(-n // 4))) for n in x.shape) for x in tensors]
-    return torch.cat([x[place].flatten().double() for x, place in zip(tensors, places, strict=True)])
+    values = [x[place].flatten().double() for x, place in zip(tensors, places, strict=True)]
+    return torch.cat(values) if values else torch.zeros(0)
 
 
 def _testify(witness: torch.Tensor, state: Sequence[torch.Tensor]) -> None:

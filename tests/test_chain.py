@@ -290,3 +290,10 @@ def test_inversion_that_brings_back_other_numbers_is_told(place, n_blocks):
     told = 0 < place < n_blocks
     with pytest.warns(RuntimeWarning, match="brought back other numbers .* by up to") if told else nullcontext():
         sum(y.sum() for y in outputs).backward()
+
+
+def test_complex_streams_need_no_witness():
+    chain = Chain([ChannelSplit(), ChannelMerge()], "invert")
+    x = torch.rand(2, 4, 5, dtype=torch.complex64, requires_grad=True)
+    chain(x).abs().sum().backward()
+    assert torch.equal(x.grad, torch.sgn(x.detach()))
