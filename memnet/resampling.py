@@ -254,6 +254,7 @@ class _Resampling(Invertible):
                 steps = _missed(before, mixing.inverse(coarse[i]), step)
                 shares.append(magnitude(steps) / 127)
                 kept.append(steps.to(torch.int8))
+                del steps  # as large as a stream
         state = tuple(self.join(coarse, rest, not self.downwards))
         return Recorded(state, replays, tuple(kept), shares=tuple(shares))
 
