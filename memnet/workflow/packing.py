@@ -114,11 +114,22 @@ def _metadata(bundle: Path) -> dict[str, Any]:
 
 
 def _require_weights(bundle: Path, weights: Path) -> None:
-    """Refuse weights that the bundle's network does not take, or with which a training's other states come along."""
+    """Refuse weights that the network does not take, that want a GPU, or with which a training's other states come along."""
     parser = ConfigParser()
     parser.read_config(str(bundle / "configs" / "inference.json"))
     load_weights(parser.get_parsed_content("network_def"), weights)
-    state = torch.load(weights, map_location="cpu", weights_only=True)
+    places: set[str] = set()
+
+    def stay(storage: torch.UntypedStorage, place: str) -> torch.UntypedStorage:
+        places.add(place)
+        return storage
+
+    state = torch.load(weights, map_location=stay, weights_only=True)
+    if places - {"cpu"}:
+        raise ValueError(
+            f"{weights}: saved on {', '.join(sorted(places))}, without which it cannot be exported; save it anew by "
+            f"torch.save(torch.load({str(weights)!r}, map_location='cpu'), {str(weights)!r})"
+        )
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{weights}: holds the state of a training, too; give its model_best.pt")
 

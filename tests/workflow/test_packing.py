@@ -64,6 +64,17 @@ def test_segments_where_monai_unpacks_it(
         assert torch.equal(network.state_dict()[key].cpu(), value), key
 
 
+def test_weights_that_want_a_gpu_are_refused(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = bundle / "models" / "model.pt"
+    state = torch.load(weights, weights_only=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:1")
+        torch.save(state, weights)
+    with pytest.raises(ValueError, match=r"model\.pt: saved on cuda:1, .* map_location='cpu'"):
+        pack_bundle(bundle, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
 def test_same_files_make_the_same_archive(bundle: Path, tmp_path: Path) -> None:
     archives = [pack_bundle(bundle, tmp_path / name)[1].read_bytes() for name in ("first", "second")]
     assert archives[0] == archives[1]
