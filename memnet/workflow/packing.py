@@ -120,7 +120,7 @@ def _require_weights(bundle: Path, weights: Path) -> None:
     load_weights(parser.get_parsed_content("network_def"), weights)
     places: set[str] = set()
 
-    def stay(storage: torch.UntypedStorage, place: str) -> torch.UntypedStorage:
+    def stay(storage: Any, place: str) -> Any:
         places.add(place)
         return storage
 
