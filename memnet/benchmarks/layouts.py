@@ -13,7 +13,7 @@ from torch import nn
 
 from memnet.benchmarks.measurement import Cost, measure_in_turn
 from memnet.benchmarks.tables import machine, markdown_table, shown, shown_range
-from memnet.losses import InvResLoss
+from memnet.benchmarks.training_memory import training_step
 from memnet.workflow.networks import NETWORKS, segmentation_network
 
 __all__ = ["LAYOUTS", "measure", "table"]
@@ -49,16 +49,8 @@ def measure(
         raise ValueError(f"layouts are {'; '.join(LAYOUTS)}, got {'; '.join(sorted(unknown))}")
     torch.manual_seed(0)
     plain = segmentation_network(network, True, spatial_dims=3, in_channels=2, out_channels=4, **options).to(device)
-    image = torch.rand(1, 2, patch, patch, patch, device=device)
-    label = torch.randint(0, 4, (1, 1, patch, patch, patch), device=device)
-    loss = InvResLoss()
-
-    def step(laid_out: _LaidOut) -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-            prediction = laid_out(image)
-        loss(prediction, label).backward()
-
-    return measure_in_turn(step, {name: _LaidOut(copy.deepcopy(plain), name) for name in layouts}, rounds, device)
+    laid_out = {name: _LaidOut(copy.deepcopy(plain), name) for name in layouts}
+    return measure_in_turn(training_step(patch, precision, device), laid_out, rounds, device)
 
 
 class _LaidOut(nn.Module):
@@ -112,5 +104,5 @@ def _run(arguments: argparse.Namespace) -> None:
     print(table({}))
     for patch, precision, network in itertools.product(arguments.patch, arguments.precision, arguments.networks):
         costs = measure(network, patch, precision, device, arguments.rounds, arguments.layouts)
-        found = {(type(segmentation_network(network)).__name__, patch, precision): costs}
+        found = {(NETWORKS[network], patch, precision): costs}
         print("\n".join(table(found).splitlines()[2:]), flush=True)

@@ -2,7 +2,7 @@
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import monai
@@ -15,7 +15,7 @@ from memnet.losses import InvResLoss
 from memnet.tiles import Tile
 from memnet.workflow.networks import NETWORKS, segmentation_network
 
-__all__ = ["Measurement", "measure", "table"]
+__all__ = ["Measurement", "measure", "table", "training_step"]
 
 
 class Measurement(NamedTuple):
@@ -71,19 +71,24 @@ def measure(
     options = {"memory": memory, "vae": vae} | ({} if tile is None else {"tile": tile})
     net = segmentation_network(network, True, spatial_dims=3, in_channels=2, out_channels=4, **options)
     net.to(device)
+    cost = measure_in_turn(training_step(patch, precision, device), {network: net}, steps, device)[network]
+    name = f"{type(net).__name__}{' + VAE' if vae else ''}{'' if tile is None else ', in tiles'}"
+    size = sum(p.numel() for key, p in net.named_parameters() if not key.startswith("vae."))
+    return Measurement(name, size, str(net.memory), patch, precision, cost.peak, cost.median)
+
+
+def training_step(patch: int, precision: str = "float32", device: str = "cpu") -> Callable[[nn.Module], None]:
+    """Return what makes a training step of a network at batch size 1; arguments as for :func:`measure`."""
     image = torch.rand(1, 2, patch, patch, patch, device=device)
     label = torch.randint(0, 4, (1, 1, patch, patch, patch), device=device)
     loss = InvResLoss()
 
-    def step(net: nn.Module) -> None:
+    def step(network: nn.Module) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-            prediction = net(image)
+            prediction = network(image)
         loss(prediction, label).backward()
 
-    cost = measure_in_turn(step, {network: net}, steps, device)[network]
-    name = f"{type(net).__name__}{' + VAE' if vae else ''}{'' if tile is None else ', in tiles'}"
-    size = sum(p.numel() for key, p in net.named_parameters() if not key.startswith("vae."))
-    return Measurement(name, size, str(net.memory), patch, precision, cost.peak, cost.median)
+    return step
 
 
 def table(measurements: Sequence[Measurement]) -> str:

@@ -24,10 +24,8 @@ def test_depth_costs_what_the_strategy_says(monkeypatch, memory, least, most):
 
 @pytest.mark.parametrize(("factor", "key", "values"), [("volume", "side", (16, 32)), ("width", "width", (16, 32))])
 def test_volume_and_width_have_their_exponents(monkeypatch, factor, key, values):
-    base = {
-        **CHAIN,
-        "side": 16,
-    }  # beside which copies of the weights, which grow with the square of the width, are little
+    # a side beside which copies of the weights, which grow with the square of the width, are little
+    base = {**CHAIN, "side": 16}
     monkeypatch.setitem(FACTORS, factor, FACTORS[factor]._replace(base=base, values=values))
     growth = measure_growth(factor, "invert")
     assert growth.exponents == pytest.approx(FACTORS[factor].theory["invert"], abs=0.1)

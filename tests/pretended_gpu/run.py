@@ -2,7 +2,8 @@
 
 For a machine without one, to see what would fail there for its device: tensors left on the CPU, looks at values, threads of
 autograd, autocast, checkpoints. See kernels.cpp for what is pretended and what is not. Processes that the command starts see the
-same GPU. Needs a C++ compiler and ninja; the first run compiles for half a minute into ``build/pretended_gpu``.
+same GPU; in any of them ``pretended_gpu.synchronizations()``, imported like a library, counts how often a GPU would have stood
+still. Needs a C++ compiler and ninja; the first run compiles for half a minute into ``build/pretended_gpu``.
 """
 
 import os
