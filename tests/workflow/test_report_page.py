@@ -204,8 +204,9 @@ def test_printed_pictures_are_not_cut_by_the_end_of_a_page(browse: Callable[...,
     file.write_text(report.html(), encoding="utf-8")
     browse(file, f"--print-to-pdf={printed}")
     drawn = []
-    for compressed in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", printed.read_bytes(), re.DOTALL):
+    # a stream's last byte may be a carriage return of its own: only the line feed after it is left out
+    for compressed in re.findall(rb"stream\r?\n(.*?)\nendstream", printed.read_bytes(), re.DOTALL):
         with suppress(zlib.error):
-            drawn += re.findall(rb"/(\w+) Do\b", zlib.decompress(compressed))
+            drawn += re.findall(rb"/(\w+) Do\b", zlib.decompressobj().decompress(compressed))
     # what two pages share is drawn on both
     assert len(drawn) == len(set(drawn)) == len(sizes)
