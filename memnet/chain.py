@@ -16,6 +16,7 @@ from memnet.metadata import plain_tensor
 from memnet.recompute import Gradients, accumulate
 from memnet.strategies import pack, unpack
 from memnet.tracing import is_traced
+from memnet.witness import some_values
 
 __all__ = ["Chain", "Memory", "set_memory"]
 
@@ -231,7 +232,7 @@ class Chain(nn.ModuleList):
                 magnitudes += [magnitude(x) for x in state[:2] if x.is_floating_point() and x.numel()]
             shares += recorded.shares
             if not records and len(self) > 1 and self.exact:
-                witness = (_some_values(state),)
+                witness = (some_values(state),)
             records.append(recorded._replace(state=()))
             del recorded, state
         if self.fraction_bits is not None:
@@ -266,17 +267,9 @@ class Chain(nn.ModuleList):
         return held.pop(), held.pop(), parameter_gradients
 
 
-def _some_values(state: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Copy some values of each floating-point tensor, of a volume's about a thousand, the same whatever its strides."""
-    tensors = [x for x in state if x.is_floating_point()]
-    places = [tuple(slice(None, None, max(1, -(-n // 4))) for n in x.shape) for x in tensors]
-    values = [x[place].flatten().double() for x, place in zip(tensors, places, strict=True)]
-    return torch.cat(values) if values else torch.zeros(0)
-
-
 def _testify(witness: torch.Tensor, state: Sequence[torch.Tensor]) -> None:
     """Warn where the state that a first block gave out has come back otherwise."""
-    found = _some_values(state)
+    found = some_values(state)
     if torch.equal(found, witness):
         return
     warnings.warn(

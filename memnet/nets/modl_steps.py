@@ -13,6 +13,7 @@ from memnet.mri.solvers import ConjugateGradientGradient, conjugate_gradient
 from memnet.nets.contraction import contract
 from memnet.recompute import Gradients, replay_with_grad
 from memnet.tiles import run_in_tiles
+from memnet.witness import some_values
 
 __all__ = ["ConsistencyStep", "DataConsistency", "Regularization", "ResidualCNN"]
 
@@ -51,7 +52,7 @@ class _Step(Invertible):
 
     def record(self, *state: torch.Tensor) -> Recorded:
         """See :meth:`memnet.Invertible.record`."""
-        return super().record(*state)._replace(kept=(_some_voxels(state[0]),))
+        return super().record(*state)._replace(kept=(some_values(state[:1]),))
 
     def pull_back(
         self, recorded: Recorded, gradients: Sequence[torch.Tensor | None]
@@ -65,7 +66,7 @@ class _Step(Invertible):
         outputs, pull = replay_with_grad([recorded.replays], inputs)
         drifts = {
             "its output": _drift(outputs[0], recorded.state[0]),
-            "its input, with what the inverses after it missed,": _drift(_some_voxels(inputs[0]), recorded.kept[0]),
+            "its input, with what the inverses after it missed,": _drift(some_values(inputs[:1]), recorded.kept[0]),
         }
         for what, drift in drifts.items():
             if not drift <= self.drift_tolerance:
@@ -233,11 +234,6 @@ class ConsistencyStep(_Step):
         """Bring back the image before the step, in closed form."""
         x, adjoint = state
         return self.step.inverse(x, adjoint, self.operator), adjoint
-
-
-def _some_voxels(x: torch.Tensor) -> torch.Tensor:
-    """Copy about a thousand values, evenly spread."""
-    return x.detach().flatten()[:: max(1, x.numel() // 1024)].clone()
 
 
 def _drift(found: torch.Tensor, expected: torch.Tensor) -> float:
