@@ -128,3 +128,18 @@ def test_what_is_not_finite_shows(value, tolerance):
     solution = conjugate_gradient(lambda x: x, right, 1.0, 5, tolerance)
     assert solution[0].isnan().all()
     torch.testing.assert_close(solution[1], right[1] / 2)
+
+
+@pytest.mark.parametrize("gradient", ["unrolled", "implicit"])
+def test_float32_solves_do_not_underflow_past_convergence(gradient):
+    """Of one coil the operator has two eigenvalues: two iterations converge, and further ones square ever smaller numbers."""
+    torch.manual_seed(0)
+    csm, mask = torch.ones(1, 1, 64, 64, dtype=torch.complex64), torch.rand(1, 1, 1, 64) > 0.5
+    sense, double = SenseOperator(csm, mask), SenseOperator(csm.to(torch.complex128), mask)
+    right = torch.randn(1, 64, 64, dtype=torch.complex64, requires_grad=True)
+    mu = torch.tensor(0.05, requires_grad=True)
+    x = conjugate_gradient(sense.normal, right, mu, 12, gradient=gradient)
+    x.abs().square().sum().backward()
+    exact = conjugate_gradient(double.normal, right.detach().to(torch.complex128), 0.05, 3)
+    assert float((x.detach() - exact).norm() / exact.norm()) < 1e-5
+    assert bool(right.grad.isfinite().all()) and bool(mu.grad.isfinite())
