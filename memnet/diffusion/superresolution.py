@@ -19,7 +19,7 @@ from memnet.diffusion.tensors import SYMMETRIC, fractional_anisotropy, mean_diff
 from memnet.metadata import plain_tensor
 from memnet.transforms.tensors import EDGE, INTERIOR, interpolate, turn
 from memnet.workflow.checkpoints import load_weights
-from memnet.workflow.inferers import supports_bfloat16
+from memnet.workflow.inferers import bfloat16_autocast
 
 __all__ = ["InterpolateTensorsd", "Refiner", "TensorLoss", "ValidPatchInferer", "errors_in"]
 
@@ -55,8 +55,9 @@ class TensorLoss(nn.Module):
             pred: ``(B, 6, D, H, W)``.
             label: ``(B, 7, D, H, W)``, the tensors and their regions, 0 outside the brain.
         """
+        pred = pred.to(torch.promote_types(pred.dtype, torch.float32))  # half precision would round the labels
         brain = (label[:, 6:] > 0).to(pred.dtype)
-        difference = pred - label[:, :6].to(pred.dtype)
+        difference = pred - label[:, :6]
         error = difference.square() if self.kind == "squared" else difference.abs()
         return (error * brain).sum() / (6 * brain.sum()).clamp(min=1)
 
@@ -149,7 +150,6 @@ class ValidPatchInferer(Inferer):
             for place in itertools.product(*(range(count) for count in counts))
             if (brain[b, 0][tuple(slice(stride * k, stride * (k + 1)) for k in place)] > 0).any()
         ]
-        amp = supports_bfloat16(inputs.device) if self.amp is None else self.amp
         result: torch.Tensor | None = None
         rate = 1
         for start in range(0, len(corners), self.batch_size):
@@ -157,7 +157,7 @@ class ValidPatchInferer(Inferer):
             patches = torch.stack(
                 [padded[b][(slice(None), *(slice(s, s + self.patch_size) for s in at))] for b, at in part]
             )
-            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
+            with bfloat16_autocast(inputs.device, self.amp):
                 refined = network(patches, *args, **kwargs).to(inputs.dtype)
             if result is None:
                 rate = refined.shape[-1] // stride

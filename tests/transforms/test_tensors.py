@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import nibabel as nib
 import numpy as np
@@ -215,6 +216,26 @@ def test_loss_looks_at_the_brain_alone():
     torch.testing.assert_close(TensorLoss()(pred, label), difference.square().mean())
     torch.testing.assert_close(TensorLoss("absolute")(pred, label), difference.abs().mean())
     assert TensorLoss()(pred, torch.zeros(2, 7, 4, 4, 4)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_half_precision_does_not_round_the_labels(dtype):
+    label = torch.rand(2, 7, 24, 24, 24)
+    pred = (label[:, :6] + 0.003).to(dtype).requires_grad_()
+    twin = pred.detach().float().requires_grad_()
+    for x in (pred, twin):
+        (2.0**14 * TensorLoss()(x, label)).backward()  # as a scaler of gradients does
+    assert twin.grad.norm() > 0
+    assert (pred.grad.float() - twin.grad).norm() < 0.01 * twin.grad.norm()
+
+
+def test_patches_are_refined_in_float32_on_an_old_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "memnet.diffusion.superresolution.bfloat16_autocast", lambda *a: asked.append(a) or nullcontext()
+    )
+    ValidPatchInferer(amp=True)(torch.rand(1, 6, 11, 11, 11), Enlarge())
+    assert asked == [(torch.device("cpu"), True)]
 
 
 def test_errors_are_in_units_of_1e_5_by_region():
