@@ -50,11 +50,16 @@ def run_in_tiles(module: nn.Module, x: torch.Tensor, halo: int, size: Sequence[i
         The module's output.
 
     Raises:
-        ValueError: ``halo`` or ``size`` is negative, or there are more sizes than dimensions.
+        ValueError: ``halo`` or ``size`` is negative, there are more sizes than dimensions, or a convolution pads one side with
+            the other (``padding_mode="circular"``).
     """
     call = TiledCall(module, x.shape, size, halo)
     if len(call) == 1 or is_traced():
         return module(x)
+    if any(getattr(part, "padding_mode", None) == "circular" for part in module.modules()):
+        raise ValueError(
+            'a convolution with padding_mode="circular" sees the other side of the image, which a tile lacks'
+        )
     parameters = list(module.parameters())
     return _Tiled.apply(call, parameters, x, *parameters)
 

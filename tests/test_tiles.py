@@ -296,3 +296,10 @@ def test_a_network_in_tiles():
     whole = step(in_tiles(network, None), inputs, "store")
     for name, value in stored[1].items():
         torch.testing.assert_close(value, whole[1][name], rtol=2e-2, atol=1e-3, msg=name)
+
+
+def test_a_convolution_that_sees_the_other_side_is_refused():
+    convolution, x = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"), torch.rand(1, 1, 16, 16)
+    assert torch.equal(run_in_tiles(convolution, x, 1, (0,)), convolution(x))
+    with pytest.raises(ValueError, match="circular"):
+        run_in_tiles(convolution, x, 1, (4,))
