@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from typing import Any
@@ -43,7 +43,9 @@ def parse_bytes(amount: int | float | str) -> int:
     return int(float(found.group(1)) * _UNITS.get(unit, _UNITS.get(unit + "B", 1)))
 
 
-def fit_to_budget(module: nn.Module, budget: int | float | str | None, inputs: Sequence[Any]) -> None:
+def fit_to_budget(
+    module: nn.Module, budget: int | float | str | None, inputs: Sequence[Any], named: Mapping[str, Any] | None = None
+) -> None:
     """Choose the blocks that are stored in each chain of a module whose memory is ``auto``, and tell the chains.
 
     A block that is stored saves its recomputation, so many floating-point operations, for so many bytes. Those that save
@@ -56,6 +58,7 @@ def fit_to_budget(module: nn.Module, budget: int | float | str | None, inputs: S
         module: a chain, or what contains chains.
         budget: bytes, as :func:`parse_bytes` reads them; None where something around the module chooses.
         inputs: what the module is about to be called with.
+        named: and what by keyword.
 
     Raises:
         ValueError: ``budget`` is no amount of memory.
@@ -66,10 +69,10 @@ def fit_to_budget(module: nn.Module, budget: int | float | str | None, inputs: S
     if budget is None or not torch.is_grad_enabled() or is_traced():
         return
     chains = list(_chains(module))
-    known = _CHOICES.setdefault(module, {})
-    key = parse_bytes(budget), _circumstances(module, inputs)
+    known, named = _CHOICES.setdefault(module, {}), named or {}
+    key = parse_bytes(budget), tuple(named), _circumstances(module, [*inputs, *named.values()])
     if key not in known:
-        known[key] = _choose(module, len(chains), key[0], inputs)
+        known[key] = _choose(module, len(chains), key[0], inputs, named)
     for chain, stored in zip(chains, known[key], strict=True):
         chain.stored = stored
 
@@ -87,11 +90,11 @@ def _circumstances(module: nn.Module, inputs: Sequence[Any]) -> Any:
     return *shapes, *autocast, *trained, *(m.training for m in module.modules())
 
 
-def _choose(module: nn.Module, n_chains: int, budget: int, inputs: Sequence[Any]) -> Choice:
+def _choose(module: nn.Module, n_chains: int, budget: int, inputs: Sequence[Any], named: Mapping[str, Any]) -> Choice:
     none: Choice = [frozenset()] * n_chains
     try:
         with _disable_current_modes(), simulation():
-            step = _Step(module, inputs)
+            step = _Step(module, inputs, named)
             ranked = step.rank()
             ranking, before = list(ranked), [0, *accumulate(ranked.values())]  # bytes that the first n blocks keep
 
@@ -118,7 +121,7 @@ def _choose(module: nn.Module, n_chains: int, budget: int, inputs: Sequence[Any]
 class _Step:
     """Forward and backward pass of a module's twin, on tensors without data."""
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Any]) -> None:
+    def __init__(self, module: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
         places = dict.fromkeys([*module.parameters(), *module.buffers()])
         self.twin = copy.deepcopy(module, {id(x): _without_data(x) for x in places})
         for part in self.twin.modules():
@@ -127,19 +130,19 @@ class _Step:
         self.twin.__dict__["memory_budget"] = None
         self.chains = list(_chains(self.twin))
         self.inputs = [_without_data(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+        self.named = {key: _without_data(x) if isinstance(x, torch.Tensor) else x for key, x in named.items()}
 
     def peak(self, choice: Choice) -> int:
         """Bytes alive at once where the given blocks are stored, with a margin."""
         for chain, stored in zip(self.chains, choice, strict=True):
             chain.stored = stored
         with Ledger() as ledger:
-            outputs = [
-                y for y in tree_leaves(self.twin(*self.inputs)) if isinstance(y, torch.Tensor) and y.requires_grad
-            ]
+            found = tree_leaves(self.twin(*self.inputs, **self.named))
+            outputs = [y for y in found if isinstance(y, torch.Tensor) and y.requires_grad]
             torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
             peak = int(_MARGIN * ledger.peak(self.twin.parameters()))
         self.twin.zero_grad()
-        for x in self.inputs:
+        for x in (*self.inputs, *self.named.values()):
             if isinstance(x, torch.Tensor):
                 x.grad = None
         return peak
@@ -173,7 +176,7 @@ class _Step:
             for chain in self.chains:
                 chain.stored = frozenset(range(len(chain)))
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                self.twin(*self.inputs)
+                self.twin(*self.inputs, **self.named)
         order = sorted(found, key=lambda place: (found[place][1] / max(1, found[place][0]), place), reverse=True)
         return {place: found[place][0] for place in order}
 
@@ -190,5 +193,5 @@ class FitBeforehand:
     def __init__(self, budget: int | float | str) -> None:
         self.budget = budget
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        fit_to_budget(module, self.budget, inputs)
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        fit_to_budget(module, self.budget, inputs, named)

@@ -1,6 +1,7 @@
 """``auto``: the numbers of the other strategies, within a number of bytes, recomputing no more than these demand."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_first_what_saves_most_operations_for_a_byte():
     net = FullyInvResUNet(3, 1, 2, 8, 2, 1)
     net.memory = "auto"
     with simulation():
-        ranking = _Step(net, [torch.empty(1, 1, 16, 16, 16)]).rank()
+        ranking = _Step(net, [torch.empty(1, 1, 16, 16, 16)], {}).rank()
     before, between, after = (i for i, block in enumerate(net.body) if isinstance(block, AdditiveCoupling))
     # between the levels there are more channels and fewer voxels; of equals the last goes first
     assert [i for _, i in ranking if i in (before, between, after)] == [between, after, before]
@@ -208,3 +209,19 @@ def test_budgets_that_make_no_sense_are_refused():
         with pytest.raises(ValueError, match="is no amount of memory"):
             Chain(couplings(1), "auto", memory_budget=amount)
     assert [parse_bytes(amount) for amount in (512, 1e9, "1.5KiB")] == [512, 10**9, 1536]
+
+
+def test_arguments_by_name_are_part_of_what_is_fitted():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.chain = couplings(4)
+
+        def forward(self, image):
+            return self.chain(image, image)
+
+    net, x = Named(), streams()[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_memory(net, "auto", "1GiB")(image=x)
+    assert net.chain.stored == frozenset(range(4))
