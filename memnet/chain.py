@@ -111,6 +111,7 @@ class Chain(nn.ModuleList):
                 if not isinstance(block, Invertible | Chain):
                     raise ValueError(f'memory="invert" needs invertible blocks, block {i} is a {type(block).__name__}')
                 if isinstance(block, Chain):
+                    block.on_drift = "rerun" if self.on_drift == "rerun" else block.on_drift
                     block.memory = "invert"
         self._memory = memory
         if memory == "auto":
@@ -212,12 +213,18 @@ class Chain(nn.ModuleList):
         return self._record([tuple(self._on_grid(list(state)))], self._rounds and self.fraction_bits is not None)
 
     @torch.jit.unused
+    def record_outermost(self, *state: torch.Tensor) -> Recorded:
+        """Do as :meth:`record` for a chain that is no block of another, and keep some values to see whether they come back."""
+        on_grid = [tuple(self._on_grid(list(state)))]
+        return self._record(on_grid, self._rounds and self.fraction_bits is not None, witnessed=self.exact)
+
+    @torch.jit.unused
     def record_over(self, *state: torch.Tensor) -> Recorded:
         """See :meth:`memnet.Invertible.record_over`."""
         return self._record([tuple(self._on_grid(list(state)))], True)
 
     @torch.jit.unused
-    def _record(self, held: list[tuple[torch.Tensor, ...]], owned: bool) -> Recorded:
+    def _record(self, held: list[tuple[torch.Tensor, ...]], owned: bool, witnessed: bool = False) -> Recorded:
         # The state comes in a list and is taken out of it: an argument would live for as long as the call.
         records: list[Recorded] = []
         magnitudes: list[torch.Tensor] = []
@@ -231,7 +238,7 @@ class Chain(nn.ModuleList):
             if block.fraction_bits is not None:
                 magnitudes += [magnitude(x) for x in state[:2] if x.is_floating_point() and x.numel()]
             shares += recorded.shares
-            if not records and len(self) > 1 and self.exact:
+            if witnessed and not records and len(self) > 1:
                 witness = (some_values(state),)
             records.append(recorded._replace(state=()))
             del recorded, state
@@ -330,7 +337,7 @@ def set_memory(
     if hasattr(module, "memory_budget"):
         module.memory_budget = budget  # type: ignore[assignment]
     elif budget is not None:
-        module.register_forward_pre_hook(FitBeforehand(budget))
+        module.register_forward_pre_hook(FitBeforehand(budget), with_kwargs=True)
     return module
 
 

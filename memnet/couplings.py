@@ -9,7 +9,7 @@ from monai.data import MetaTensor
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from memnet.grid import FRACTION_BITS, add_on_grid, add_on_grid_, as_stream
+from memnet.grid import FRACTION_BITS, add_on_grid, add_on_grid_, as_stream, check_fraction_bits
 from memnet.invertible import Invertible, Recorded
 from memnet.metadata import plain_tensor
 from memnet.normalization import run_in_place
@@ -57,8 +57,7 @@ class AdditiveCoupling(Invertible):
         self, f: nn.Module, g: nn.Module, fraction_bits: int | None = FRACTION_BITS, tile: Tile | None = None
     ) -> None:
         super().__init__()
-        if fraction_bits is not None and not 4 <= fraction_bits <= 22:
-            raise ValueError(f"fraction_bits must be between 4 and 22, got {fraction_bits}")
+        check_fraction_bits(fraction_bits)
         self.f = f
         self.g = g
         self.fraction_bits = fraction_bits

@@ -9,6 +9,7 @@ __all__ = [
     "add_on_grid",
     "add_on_grid_",
     "as_stream",
+    "check_fraction_bits",
     "check_range",
     "magnitude",
     "grid_step",
@@ -28,6 +29,16 @@ def as_stream(x: torch.Tensor) -> torch.Tensor:
     if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
         return x.float()
     return x
+
+
+def check_fraction_bits(fraction_bits: int | None) -> None:
+    """Refuse a grid so fine that streams have no room, or so coarse that they have no values.
+
+    Raises:
+        ValueError: ``fraction_bits`` is a number not between 4 and 22.
+    """
+    if fraction_bits is not None and not 4 <= fraction_bits <= 22:
+        raise ValueError(f"fraction_bits must be between 4 and 22, got {fraction_bits}")
 
 
 def grid_step(dtype: torch.dtype, fraction_bits: int) -> float:

@@ -40,6 +40,12 @@ class Replay:
 
     def first(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Call the module, remembering what a repetition needs."""
+        with self.noting(*inputs):
+            return _as_tuple(self.module(*inputs))
+
+    @contextmanager
+    def noting(self, *inputs: torch.Tensor) -> Iterator[None]:
+        """Remember what a repetition needs of the call that is made meanwhile, by whatever way the same is computed."""
         types = sorted({"cpu"} | {x.device.type for x in inputs})
         self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
         self._strides = [x.stride() if _is_dense(x) else None for x in inputs]
@@ -50,13 +56,12 @@ class Replay:
         self._statistics = [name for name in _training_buffers(self.module) if name not in self._buffers]
         before = _random_state(inputs)
         with _without_autocast_cache(), _unmeasured_convolutions():
-            outputs = _as_tuple(self.module(*inputs))
+            yield
         after = _random_state(inputs)
         drew = not torch.equal(before[0], after[0]) or any(
             not torch.equal(before[1][d], after[1][d]) for d in before[1]
         )
         self._random = before if drew else None
-        return outputs
 
     def again(
         self, *inputs: torch.Tensor, aliases: dict[nn.Parameter, torch.Tensor] | None = None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memnet.grid import FRACTION_BITS, as_stream, grid_step, magnitude, round_to_grid
+from memnet.grid import FRACTION_BITS, as_stream, check_fraction_bits, grid_step, magnitude, round_to_grid
 from memnet.invertible import Invertible, Recorded
 from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
 
@@ -174,6 +174,7 @@ class _Resampling(Invertible):
             raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
         if not 1 <= channels_down <= channels:
             raise ValueError(f"channels_down must be between 1 and channels={channels}, got {channels_down}")
+        check_fraction_bits(fraction_bits)
         self.spatial_dims = spatial_dims
         self.channels = channels
         self.channels_down = channels_down

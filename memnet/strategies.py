@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +78,14 @@ class _Invert(torch.autograd.Function):
     def forward(
         ctx, chain: Chain, basket: _Basket, n_state: int, parameters: list[nn.Parameter], *tensors: torch.Tensor
     ):
-        recorded = chain.record(*tensors[:n_state])
+        inputs = tensors[:n_state] if chain.on_drift == "rerun" else ()
+        ctx.rerun = Replay(_Recursively(chain)) if inputs else None
+        with ctx.rerun.noting(*inputs) if ctx.rerun else nullcontext():
+            recorded = chain.record_outermost(*tensors[:n_state])
         ctx.chain, ctx.basket, ctx.n_state, ctx.parameters = chain, basket, n_state, parameters
         ctx.set_materialize_grads(False)
         ctx.replays, ctx.n_outputs = recorded.replays, len(recorded.state)
         ctx.n_kept = len(recorded.kept)
-        inputs = tensors[:n_state] if chain.on_drift == "rerun" else ()
         ctx.save_for_backward(*recorded.state, *recorded.kept, *inputs)
         return _owned(recorded.state, tensors)
 
@@ -100,12 +103,22 @@ class _Invert(torch.autograd.Function):
         try:
             _, state_gradients, found = ctx.chain.pull_back(held.pop(), held.pop())
         except DriftError:
-            replays = [replay for replay, _ in ctx.replays]
-            if not inputs or not all(isinstance(replay, Replay) for replay in replays):
+            if ctx.rerun is None:
                 raise
-            found = {}
-            state_gradients = _rerun_backward(replays, ctx.chain._on_grid(list(inputs)), gradients, 1, found)
+            _, pull_back = replay_with_grad([ctx.rerun], inputs)
+            state_gradients, found = pull_back(gradients)
         return (None, *_needed(ctx, state_gradients, found))
+
+
+class _Recursively(nn.Module):
+    """A chain as :func:`recursive` runs it, which ``invert`` falls back to where an inverse has drifted."""
+
+    def __init__(self, chain: Chain) -> None:
+        super().__init__()
+        self.chain, self.training = chain, chain.training
+
+    def forward(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return recursive(self.chain, list(state))
 
 
 class _HandOver(torch.autograd.Function):

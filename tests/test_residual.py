@@ -7,8 +7,17 @@ import torch
 from checks import check_flat_memory, check_gradients, check_round_trip, differing, step, streams
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils._pytree import tree_leaves
 
-from memnet import Chain, InvertibleResidual
+from memnet import (
+    AdditiveCoupling,
+    Chain,
+    ChannelMerge,
+    ChannelSplit,
+    DriftError,
+    InvertibleDownsample,
+    InvertibleResidual,
+)
 from memnet.grid import round_to_grid
 
 
@@ -132,3 +141,56 @@ def test_a_branch_in_place_leaves_its_input_alone():
 class ReLU_(nn.Module):  # noqa: N801 (as PyTorch names what works in place)
     def forward(self, x):
         return x.relu_()
+
+
+@pytest.mark.parametrize("fraction_bits", [4, 8, 10, 22])
+def test_a_coarse_grid_is_within_the_tolerance(fraction_bits):
+    torch.manual_seed(0)
+    f = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.Tanh())
+    with torch.no_grad():
+        f[0].weight.mul_(0.5)
+    chain = Chain([InvertibleResidual(f, fraction_bits=fraction_bits) for _ in range(2)], "invert")
+    chain(torch.rand(2, 4, 16, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("fraction_bits", [3, 23])
+def test_a_grid_without_room_is_refused(fraction_bits):
+    with pytest.raises(ValueError, match="between 4 and 22"):
+        InvertibleResidual(nn.Identity(), fraction_bits=fraction_bits)
+    with pytest.raises(ValueError, match="between 4 and 22"):
+        InvertibleDownsample(1, 2, fraction_bits=fraction_bits)
+
+
+def test_what_goes_along_with_the_state_comes_back(device):
+    f = nn.Sequential(spectral_norm(nn.Conv1d(4, 4, 3, padding=1)), nn.Tanh())
+    chain = Chain([InvertibleDownsample(1, 8, 2), InvertibleResidual(f), InvertibleResidual(copy.deepcopy(f))]).to(
+        device
+    )
+    inputs = (torch.randn(2, 8, 16, device=device),)
+    names = ("store", "invert")
+    stored, inverted = (step(chain, inputs, memory) for memory in names)
+    for a, b in zip(tree_leaves(stored), tree_leaves(inverted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def contractions_and_others():
+    free = nn.Conv1d(4, 4, 3, padding=1)
+    with torch.no_grad():
+        free.weight.mul_(4)
+    residual = InvertibleResidual(nn.Sequential(free, nn.Dropout(0.2)), max_iterations=5)
+    coupling = AdditiveCoupling(nn.Conv1d(2, 2, 3, padding=1), nn.Conv1d(2, 2, 3, padding=1))
+    return {
+        "couplings": [ChannelSplit(), coupling, ChannelMerge(), residual],
+        "nested": [Chain([residual])],
+        "resampling": [InvertibleDownsample(1, 2, 2), residual],
+    }
+
+
+@pytest.mark.parametrize("kind", list(contractions_and_others()))
+def test_any_chain_is_run_again_where_an_inverse_has_drifted(kind):
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 2 if kind == "resampling" else 4, 16),)
+    chain = Chain(contractions_and_others()[kind], on_drift="rerun")
+    with pytest.raises(DriftError):
+        step(Chain(contractions_and_others()[kind]), inputs, "invert")
+    assert differing(step(chain, inputs, "invert"), step(chain, inputs, "store")) == []

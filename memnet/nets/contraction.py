@@ -1,6 +1,8 @@
 """Bounds a residual branch's Lipschitz constant, so that iterating it inverts what it is added to."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,14 +53,16 @@ class OperatorNormBound(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight whose operator norm is at most the bound."""
-        with torch.autocast(weight.device.type, enabled=False):
+        with _full_precision(weight):
             norm = self._apply_to(self.direction.clone(), weight).norm()
             return weight / (norm / self.bound).clamp(min=1)
 
     def refresh(self, weight: torch.Tensor, n_iterations: int = 1) -> None:
         """Make power iterations with a weight as it is before it is bounded."""
+        if weight.is_meta:
+            return
         weight = weight.detach()
-        with torch.autocast(weight.device.type, enabled=False), torch.enable_grad():
+        with _full_precision(weight), torch.enable_grad():
             for _ in range(n_iterations):
                 v = self.direction.clone().requires_grad_()
                 u = self._apply_to(v, weight)
@@ -68,6 +72,10 @@ class OperatorNormBound(nn.Module):
 
     def _apply_to(self, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self.convolve(F.pad(v, self.padding, self.mode), weight, dilation=self.dilation, groups=self.groups)
+
+
+def _full_precision(x: torch.Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def contract(module: nn.Module, lipschitz: float) -> nn.Module:

@@ -124,6 +124,21 @@ def test_reconstruction_is_foretold(bundle, memory, shape, tile):
     assert step.plan(memory, patch=shape).peak == pytest.approx(peak, rel=0.05)
 
 
+@pytest.mark.parametrize("contraction", [None, 0.9])
+def test_approximate_inverses_can_be_planned(contraction):
+    numbers = {"n_coils": 2, "n_unrolls": 2, "channels": 4, "tile": None, "network_def#contraction": contraction}
+    step = TrainingStep(BUNDLES / "knee_mri_recon_mel" / "configs" / "train.json", numbers)
+    plans = {memory: step.plan(memory, patch=[4, 12, 12]).peak for memory in ("store", "invert")}
+    assert 0 < plans["invert"] < plans["store"]
+    block = memnet.InvertibleResidual(torch.nn.Conv1d(2, 2, 3, padding=1))
+
+    def make():
+        chain, x = memnet.Chain([copy.deepcopy(block)], "invert"), torch.empty(1, 2, 64, requires_grad=True)
+        return lambda: chain(x).sum().backward(), list(chain.parameters())
+
+    assert dry_run(make).peak > 0
+
+
 def test_overrides_are_those_of_the_bundle():
     knee = TrainingStep(BUNDLES / "knee_mri_recon_mel" / "configs" / "train.json")
     with pytest.raises(ValueError, match="--shape"):
