@@ -80,6 +80,18 @@ def test_iseg_folder_can_be_segmented(iseg_folder: Path) -> None:
     assert len(find_scans(dataset_dir=iseg_folder)) == 3
 
 
+def test_a_name_says_what_a_scan_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "a_T1w.nii", "a_T2w.nii", "b_FLAIR.nii", "b_T1c.nii", "c.nii")
+    assert names(find_scans(image=str(tmp_path / "a_T2w.nii"))) == [[None, "a_T2w.nii"]]
+    assert names(find_scans(image=str(tmp_path / "a_T1w.nii"), modality="T2")) == [["a_T1w.nii", None]]
+    assert caplog.text == ""
+    assert names(find_scans(image=str(tmp_path / "b_FLAIR.nii"))) == [["b_FLAIR.nii", None]]
+    assert "b_FLAIR.nii: taken for a T1, though its name tells FLAIR" in caplog.text
+    assert names(find_scans(dataset_dir=tmp_path)) == [["a_T1w.nii", "a_T2w.nii"], ["c.nii", None]]
+    assert "b_T1c.nii: left out, its name tells T1c, which is none of T1, T2" in caplog.text
+    assert "b_FLAIR.nii: left out" in caplog.text
+
+
 def test_files_given_by_name(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii", "b.nii")
     a, b = str(tmp_path / "a.nii"), str(tmp_path / "b.nii")
@@ -340,8 +352,8 @@ def test_image_of_four_volumes_is_one_subject(write_nifti: Callable[..., Path]) 
     modalities = dict.fromkeys(("T1", "T1c", "T2", "FLAIR"))
     path = write_nifti("patient_T1.nii.gz", np.ones((3, 4, 5, 4), np.float32))
     assert list_scans(modalities, image=path) == [{"image": [path], "output_name": "patient_T1"}]
-    # where a modality is named the file is one of it, which the reader then refuses
-    assert list_scans(modalities, image=path, modality="T2")[0]["image"] == [None, None, path, None]
+    # where a modality is named the file is of one, the one its name tells first, which the reader then refuses
+    assert list_scans(modalities, image=path, modality="T2")[0]["image"] == [path, None, None, None]
     volumes = list_scans({**modalities, "T1": f"{path}:1", "FLAIR": f"{path}:0"})
     assert volumes == [{"image": [f"{path}:1", None, None, f"{path}:0"], "output_name": "patient_T1"}]
     with pytest.raises(ValueError, match="absent.nii:0: no such file"):

@@ -54,7 +54,7 @@ class Plane:
     @property
     def in_one_file(self) -> bool:
         """Whether its file holds several slices, as enhanced ones do."""
-        return "NumberOfFrames" in self.header
+        return int(self.header.get("NumberOfFrames") or 1) > 1
 
 
 @dataclass(frozen=True)

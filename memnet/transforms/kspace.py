@@ -22,6 +22,7 @@ from memnet.mri.fourier import kspace_to_image
 from memnet.mri.operators import SenseOperator
 from memnet.mri.simulated_scans import simulate_movie, simulate_volume
 from memnet.nets.packed import pack
+from memnet.transforms.modalities import require_real_numbers
 
 __all__ = [
     "CombineCoilsd",
@@ -116,6 +117,7 @@ class LoadKspaced(MapTransform):
             raise ValueError(f"{path}: no such file")
         try:
             image = nib.load(path)
+            require_real_numbers(image)
             values = np.asarray(image.dataobj, dtype=np.float32)
         except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, ValueError) as error:
             raise ValueError(f"{path}: not a NIfTI file, or damaged ({error})") from error

@@ -20,6 +20,7 @@ __all__ = [
     "LABEL_MAPS",
     "NECROTIC",
     "OEDEMA",
+    "ROUNDING",
     "TISSUES",
     "WM",
     "MapLabelsd",
@@ -67,7 +68,8 @@ _CONTRADICTIONS = {
 }
 
 
-_ROUNDING = 1e-3  # that files with a scaling of their own leave in labels
+ROUNDING = 1e-3
+"""What files with a scaling of their own may leave in labels."""
 
 
 class MapLabelsd(MapTransform):
@@ -104,7 +106,7 @@ class MapLabelsd(MapTransform):
         for key in self.key_iterator(d):
             labels = torch.as_tensor(d[key])
             whole = labels.round() if labels.is_floating_point() else labels
-            labels = torch.where((labels - whole).abs() < _ROUNDING, whole, labels)
+            labels = torch.where((labels - whole).abs() < ROUNDING, whole, labels)
             source = d[key].meta.get("filename_or_obj", key) if isinstance(d[key], MetaTensor) else key
             values, inverse = torch.unique(labels, return_inverse=True)
             found = values.tolist()

@@ -24,7 +24,7 @@ from monai.transforms import (
 )
 from monai.utils import GridSampleMode, GridSamplePadMode
 from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from memnet.dicom import holds_dicom, read_pixels, read_stack, split_uid
 from memnet.metadata import plain_tensor
@@ -40,6 +40,7 @@ __all__ = [
     "ScaleModalitiesd",
     "ToSpacingd",
     "read_volume",
+    "require_real_numbers",
 ]
 
 MODALITIES = ("T1", "T2")
@@ -104,6 +105,7 @@ def _read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: no such file")
     try:
         image = nib.load(file)
+        require_real_numbers(image)
         shape = tuple(image.shape)
         stored = Path(image.file_map["image"].filename or file)
         n_bytes = prod(shape) * image.get_data_dtype().itemsize
@@ -123,6 +125,17 @@ def _read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     except (OSError, EOFError, zlib.error, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: cannot be read, cut short or damaged ({_first_line(error)})") from error
     return values, np.asarray(image.affine, dtype=np.float64)
+
+
+def require_real_numbers(image: SpatialImage) -> None:
+    """Refuse complex values, of which a reader would keep the real part, and colours.
+
+    Raises:
+        ValueError: the image holds such values.
+    """
+    kind = image.get_data_dtype()
+    if kind.kind not in "biuf":
+        raise ValueError(f"it holds {'complex values' if kind.kind == 'c' else 'colours'}, expected real numbers")
 
 
 class LoadModalitiesd(MapTransform):

@@ -52,6 +52,9 @@ class AtomicNibabelWriter(NibabelWriter):
         cls, data_array: Any, affine: Any = None, dtype: Any = None, **kwargs: Any
     ) -> nib.nifti1.Nifti1Image:
         """Make the image; programs that read the qform alone find the affine there, too."""
+        data_array = np.reshape(
+            data_array, (*np.shape(data_array), *[1] * (3 - np.ndim(data_array)))
+        )  # of one slice, too
         image = super().create_backend_obj(data_array, affine=affine, dtype=dtype, **kwargs)
         image.set_sform(image.affine, code=1)
         image.set_qform(np.asarray(image.affine, dtype=np.float64), code=1, strip_shears=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 from monai.transforms import Compose
 
+from memnet.datasets import existing_folder
+
 __all__ = ["draw_examples", "find_label_maps"]
 
 
@@ -24,9 +26,10 @@ def find_label_maps(dataset_dir: str | Path | None, n_validation: int = 2) -> di
     Raises:
         ValueError: if the folder is missing or holds too few files.
     """
-    if dataset_dir is None or not Path(dataset_dir).is_dir():
-        raise ValueError(f"dataset_dir is {dataset_dir}, expected a folder of label maps: give --dataset_dir FOLDER")
-    files = [f for f in sorted(Path(dataset_dir).iterdir()) if f.name.endswith((".nii", ".nii.gz"))]
+    if dataset_dir is None:
+        raise ValueError("dataset_dir is None, expected a folder of label maps: give --dataset_dir FOLDER")
+    folder = existing_folder(dataset_dir, "a folder of label maps: give --dataset_dir FOLDER")
+    files = [f for f in sorted(folder.iterdir()) if f.name.endswith((".nii", ".nii.gz"))]
     if n_validation < 1 or len(files) <= n_validation:
         raise ValueError(
             f"{dataset_dir}: {len(files)} NIfTI files found, {n_validation} of them for validation (--n_validation); "

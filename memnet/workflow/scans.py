@@ -50,12 +50,13 @@ def find_scans(
     """List scans of T1, T2 or both; see :func:`list_scans`.
 
     Args:
-        image: one scan or several, each a subject with the single modality ``modality``.
+        image: one scan or several, each a subject with the single modality that its name tells or else ``modality``.
         t1: T1 scan or scans; with ``t2`` the two lists are paired in order.
         t2: T2 scan or scans.
         dataset_dir: a folder; a file whose name tells no modality is a subject of its own. Subfolders are not searched.
         datalist: JSON file in the format of the Medical Segmentation Decathlon; ``image`` is a file or ``[T1, T2]``.
-        modality: what a scan is when its name does not say.
+        modality: what a scan is when its name does not say. A folder's scans whose names tell another modality than T1 and T2
+            are left out with a warning, and taken for this elsewhere, with another.
         pattern: which file names of ``dataset_dir`` to take, as in ``"*_SS.nii.gz"``.
 
     Returns:
@@ -89,7 +90,7 @@ def list_scans(
         modality: what a scan is when its name does not say; if ``None`` such a file of a folder is left out with a warning,
             and refused elsewhere.
         pattern: which file names of ``dataset_dir`` to take, as in ``"*_SS.nii.gz"``.
-        image: one scan or several, each a subject with a single modality, ``modality`` or else the one its name tells; or,
+        image: one scan or several, each a subject with a single modality, the one its name tells or else ``modality``; or,
             without ``modality``, a 4D file of all modalities in the order of the channels.
         subfolders: search a folder's subfolders if it holds no scan itself, as BraTS has a folder a case, and if they hold none
             theirs, up to three folders down.
@@ -162,7 +163,10 @@ def _side_by_side(lists: Mapping[str, list[Any]]) -> list[Row]:
 
 def _row(image: str | Path | Sequence[Any], names: list[str], modality: str | None) -> Row:
     if isinstance(image, (str, Path)):
-        found = modality or tell_modality(image, names)
+        told = tell_modality(image, list(_NAMES))
+        found = told if told in names else modality
+        if told is not None and told != found and found is not None:
+            logger.warning("%s: taken for a %s, though its name tells %s", image, found, told)
         if found is None:
             raise ValueError(f"{image}: its name tells none of {', '.join(names)}; name it by --modality")
         return [image if name == found else None for name in names]
@@ -213,7 +217,10 @@ def _put_together(folder: Path, names: list[str], modality: str | None, pattern:
         is_series = file.is_dir() and not file.name.startswith(".") and holds_dicom(file)
         if not (is_image or is_series) or _NOT_A_SCAN.search(stem):
             continue
-        told, subject = _split_name(stem, names)
+        told, subject = _split_name(stem, list(_NAMES))
+        if told is not None and told not in names:
+            logger.warning("%s: left out, its name tells %s, which is none of %s", file, told, ", ".join(names))
+            continue
         if (told or modality) is None:
             logger.warning("%s: left out, its name tells none of %s", file, ", ".join(names))
             continue

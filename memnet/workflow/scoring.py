@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from memnet.datasets import existing_folder
-from memnet.transforms.labels import CSF, TISSUES
+from memnet.transforms.labels import CSF, ROUNDING, TISSUES
 from memnet.whole_files import whole_file, write_table
 
 __all__ = [
@@ -181,8 +181,16 @@ def segment_with_bundle(
 
 
 def read_labels(file: str | Path) -> np.ndarray:
-    """Read a label map as uint8, on the grid of the file."""
-    return np.asarray(nib.load(file).dataobj).astype(np.uint8)
+    """Read a label map as uint8, on the grid of the file.
+
+    Raises:
+        ValueError: it holds other values than whole numbers from 0 to 255, naming the file.
+    """
+    values = np.asarray(nib.load(file).dataobj)
+    labels = np.rint(values)  # a file's own scaling makes 2.99999 of 3
+    if not (np.abs(values - labels) < ROUNDING).all() or labels.min() < 0 or labels.max() > 255:
+        raise ValueError(f"{file}: holds other values than the whole numbers from 0 to 255 of a label map or mask")
+    return labels.astype(np.uint8)
 
 
 def write_scores(rows: Sequence[Mapping[str, Any]], lines: Sequence[str], output_dir: str | Path) -> None:

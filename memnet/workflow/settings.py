@@ -33,6 +33,8 @@ __all__ = [
 _OF_MONAI = {"_meta_", "tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "tracking"}
 _AT_LEAST_ONE = {"batch_size", "epochs", "patches_per_map", "patches_per_volume", "sw_batch_size", "val_interval"}
 _LOADERS = {f"{handler.__module__}.{handler.__name__}" for handler in (TrainingCheckpoint, WeightsLoader)}
+# settings that name files or folders
+_PLACES = re.compile(r".*_(dir|path)|image|datalist|pretrained|dwi|t1|t1c|t2|flair")
 # the narrowest that all configs of a bundle have for a setting is what a person may give
 _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
     ((bool,), "true or false"),
@@ -86,21 +88,26 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
 
 
 def read_words(workflow: ConfigWorkflow) -> None:
-    """Take ``--resume true`` for what it says; the command line knows ``True`` alone and would pass the word on."""
+    """Take ``--resume true`` for what it says, and ``--dataset_dir 100307`` for a folder's name.
+
+    The command line knows ``True`` alone and would pass the word on, and makes a number of what looks like one.
+    """
     words = {"true": True, "false": False, "null": None, "none": None}
     config = workflow.parser.get()
     for path, section in [((), config), *_sections(config)]:
         for key, value in section.items():
             if isinstance(value, str) and value.lower() in words:
                 workflow.parser["#".join([*path, key])] = words[value.lower()]
+            elif not path and _PLACES.fullmatch(key) and _all_are((int,), [value]):
+                workflow.parser[key] = str(value)
 
 
 def check_values(workflow: ConfigWorkflow) -> None:
     """Refuse values of another kind than the bundle's own configs have, and devices that are not there.
 
     ``true`` and ``false``, whole numbers, numbers and lists of numbers are kinds. What is above zero in every config of the
-    bundle may not be below, counts such as ``epochs`` are at least 1, lists of several numbers keep their length (of the
-    same number one will do). ``null``, MONAI's expressions and what is text in the bundle are taken as they are.
+    bundle may not be below, counts such as ``epochs`` are at least 1, lists of several numbers keep their length; a number by
+    itself stands for a list of it. ``null``, MONAI's expressions and what is text in the bundle are taken as they are.
 
     Args:
         workflow: the workflow with its overrides applied and its words read.
@@ -120,6 +127,8 @@ def check_values(workflow: ConfigWorkflow) -> None:
                 raise ValueError(
                     f"{'#'.join([*path, key])} is {value!r}, expected {expected} ({json.dumps(known[0])} in the bundle)"
                 )
+            if known and all(isinstance(k, list) for k in known) and _all_are((int, float), [value]):
+                workflow.parser["#".join([*path, key])] = [value] * len(known[0])
     device = config.get("device")
     if isinstance(device, str) and not device.startswith(("$", "@")):
         _check_device(device)

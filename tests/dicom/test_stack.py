@@ -286,3 +286,13 @@ def test_damaged_bytes_are_a_volume_or_a_reason(seed: int, values: np.ndarray, t
                 assert input_error(error) is error
                 assert not any(secret in str(error) for secret in SECRETS)
         file.write_bytes(whole)
+
+
+def test_a_classic_file_may_say_that_it_has_one_frame(values: np.ndarray, tmp_path: Path) -> None:
+    def one(ds: Dataset) -> None:
+        ds.NumberOfFrames = 1
+
+    series = write_series(tmp_path / "series", values, change=one)
+    stack = read_stack(series)
+    assert len(stack.planes) == values.shape[2]
+    np.testing.assert_array_equal(read_pixels(stack), values)

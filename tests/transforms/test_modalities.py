@@ -15,6 +15,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
+from memnet.transforms.kspace import LoadKspaced
 from memnet.transforms.modalities import (
     KeepLogitsd,
     LoadModalitiesd,
@@ -24,6 +25,7 @@ from memnet.transforms.modalities import (
     ToSpacingd,
     read_volume,
 )
+from memnet.transforms.writing import AtomicNibabelWriter
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 
@@ -261,3 +263,23 @@ def test_logits_are_kept() -> None:
     logits = torch.rand(4, 2, 2, 2)
     assert KeepLogitsd("pred")({"pred": (logits, torch.zeros(2))})["pred"] is logits
     assert KeepLogitsd("pred")({"pred": logits})["pred"] is logits
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [(np.complex64, "complex values"), (np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), "colours")],
+)
+def test_what_has_no_real_numbers_is_refused(dtype: Any, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 8), dtype), np.eye(4)), path)
+    for read in (read_volume, lambda file: LoadKspaced("image")({"image": str(file)})):
+        with pytest.raises(ValueError, match=f"a.nii.gz: .*holds {told}, expected real numbers"):
+            read(path)
+
+
+def test_a_single_slice_keeps_its_three_dimensions(tmp_path: Path) -> None:
+    writer = AtomicNibabelWriter(output_dtype=np.uint8)
+    writer.set_data_array(torch.ones(1, 6, 5, 1), channel_dim=0, squeeze_end_dims=True)
+    writer.set_metadata({"affine": np.eye(4)})
+    writer.write(tmp_path / "a.nii.gz")
+    assert nib.load(tmp_path / "a.nii.gz").shape == (6, 5, 1)

@@ -88,3 +88,20 @@ def test_a_prediction_on_another_grid_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "segment_with_bundle", lambda inputs, _: (np.zeros((2, 2, 2)) for _ in inputs))
     with pytest.raises(ValueError, match=r"\(2, 2, 2\)"):
         score_tissue(folder, "some_bundle", tmp_path / "out", hmrf=False)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_labels_that_a_file_scales_are_read_as_they_were(dtype, tmp_path):
+    labels = np.arange(4, dtype=np.float32).repeat(16).reshape(4, 4, 4)
+    image = nib.Nifti1Image(labels, np.eye(4))
+    image.set_data_dtype(dtype)
+    nib.save(image, tmp_path / "labels.nii.gz")
+    assert not np.array_equal(nib.load(tmp_path / "labels.nii.gz").dataobj, labels)  # but for rounding
+    assert np.array_equal(scoring.read_labels(tmp_path / "labels.nii.gz"), labels)
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 1024.0, np.nan])
+def test_what_is_no_label_is_refused(value, tmp_path):
+    nib.save(nib.Nifti1Image(np.full((2, 2, 2), value, np.float32), np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(ValueError, match="a.nii.gz: holds other values"):
+        scoring.read_labels(tmp_path / "a.nii.gz")

@@ -13,7 +13,7 @@ from conftest import BUNDLES
 from monai.bundle import ConfigWorkflow
 
 from memnet.bundle import input_error
-from memnet.workflow.settings import build_without_memory, check_output_folder, check_weights
+from memnet.workflow.settings import build_without_memory, check_output_folder, check_values, check_weights, read_words
 
 pytestmark = WARNINGS
 
@@ -58,6 +58,25 @@ def test_a_value_of_another_kind_is_refused(key: str, value: Any, expected: str)
 )
 def test_what_a_person_may_give_is_taken(overrides: dict[str, Any]) -> None:
     assert refused(TISSUE.folder, **{**SMALL, **overrides}).startswith("no such folder: ")
+
+
+@pytest.mark.parametrize("key", ["dataset_dir", "output_dir", "pretrained"])
+def test_a_number_where_a_file_or_folder_is_meant_is_its_name(key: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    workflow = ConfigWorkflow(
+        str(TISSUE.folder / "configs" / "train.json"), workflow_type="training", **{"pretrained": None, key: 100307}
+    )
+    read_words(workflow)
+    assert workflow.parser[key] == "100307"
+
+
+@pytest.mark.parametrize(("bundle", "key"), [("knee_mri_recon_mel", "tile"), ("brain_mri_tissue_invres", "patch_size")])
+def test_a_number_stands_for_a_list_of_it(bundle: str, key: str) -> None:
+    config = str(BUNDLES / bundle / "configs" / "train.json")
+    workflow = ConfigWorkflow(config, workflow_type="training", **{key: 16})
+    length = len(ConfigWorkflow(config, workflow_type="training").parser[key])
+    check_values(workflow)
+    assert workflow.parser[key] == [16] * length
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
