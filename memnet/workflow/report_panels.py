@@ -132,12 +132,18 @@ class ComparisonPanel:
             background.
         axis: the dimension across which the planes lie: 3 is axial in RAS, 1 the slices or frames of a reconstruction.
         tensors: the entries are diffusion tensors; their fractional anisotropy is shown.
+        within: an entry on the same grid whose last channel is above 0 where planes are to be shown; everywhere if ``None``.
     """
 
     def __init__(
-        self, entries: Mapping[str, str], legend: str | None = None, axis: int = 3, tensors: bool = False
+        self,
+        entries: Mapping[str, str],
+        legend: str | None = None,
+        axis: int = 3,
+        tensors: bool = False,
+        within: str | None = None,
     ) -> None:
-        self.entries, self.axis, self.tensors = dict(entries), axis, tensors
+        self.entries, self.axis, self.tensors, self.within = dict(entries), axis, tensors, within
         classes = LEGENDS[legend].classes if legend else {}
         self.colours = {name: colour for name, (_, colour) in classes.items()}
 
@@ -145,14 +151,21 @@ class ComparisonPanel:
         """Report a case of an evaluation, whose numbers its metrics have; the picture if asked."""
         found = ReportedCase(_source(case["image"].meta))
         if draw:
-            shown = {title: self._plane(case[key]) for title, key in self.entries.items()}
+            entries = [case[key] for key in self.entries.values()]
+            inside = None if self.within is None else torch.as_tensor(case[self.within])[-1:] > 0
+            # what a network or an interpolation gives may know nothing of the grid that all are on
+            placed = next((x for x in entries if not np.allclose(_affine(x), np.eye(4))), entries[0])
+            sides = np.linalg.norm(_affine(placed)[:3, :3], axis=0).tolist()
+            shown = {title: self._plane(x, sides, inside) for title, x in zip(self.entries, entries, strict=True)}
             found.picture, found.shows = _png(_row(shown, self.colours)), ", ".join(shown)
         return found
 
-    def _plane(self, volume: Any) -> tuple[np.ndarray, tuple[float, float]]:
-        affine = getattr(volume, "affine", None)
-        sides = [1.0] * 3 if affine is None else np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
+    def _plane(
+        self, volume: Any, sides: Sequence[float], inside: torch.Tensor | None
+    ) -> tuple[np.ndarray, tuple[float, float]]:
         values = torch.as_tensor(volume).detach().float().cpu()
+        if inside is not None:
+            values = values * inside.cpu()
         middle = values.select(self.axis, values.shape[self.axis] // 2)
         if self.tensors:
             plane = fractional_anisotropy(np.moveaxis(middle[:6].numpy(), 0, -1)) / 0.8
@@ -163,6 +176,11 @@ class ComparisonPanel:
             plane = plane / (np.percentile(plane, 99.5) or 1)
         right, up = (side for axis, side in enumerate(sides, 1) if axis != self.axis)
         return plane.T, (right, up)
+
+
+def _affine(volume: Any) -> np.ndarray:
+    affine = getattr(volume, "affine", None)
+    return np.eye(4) if affine is None else np.asarray(affine)
 
 
 def _source(meta: Mapping[str, Any]) -> str:

@@ -34,3 +34,29 @@ def test_classes_of_an_evaluation_have_the_colours_of_the_overlay(legend: str) -
         assert len(rows) > len(column) / 8, name
         seen.append(np.median(rows))
     assert seen == sorted(seen)
+
+
+def test_planes_have_one_scale_and_end_with_the_brain() -> None:
+    """Though the network's output and the interpolation know nothing of the grid."""
+    random = torch.Generator().manual_seed(0)
+    tensors = (
+        torch.rand(3, 6, 12, 12, 3, generator=random) * torch.tensor([1.0, 0.1, 1, 0.1, 0.1, 1])[:, None, None, None]
+    )
+    brain = torch.zeros(1, 12, 12, 3)
+    brain[:, 3:9, 3:9] = 1
+    label = MetaTensor(torch.cat([tensors[0], brain]), torch.diag(torch.tensor([2.5, 2.5, 2.5, 1])))
+    case = {"cubic": MetaTensor(tensors[1]), "pred": tensors[2], "label": label}
+    case["image"] = MetaTensor(torch.zeros(1), meta={"filename_or_obj": "a.nii.gz"})
+    entries = {"cubic": "cubic", "prediction": "pred", "reference": "label"}
+    found = ComparisonPanel(entries, tensors=True, within="label")(case).picture
+    assert found is not None
+    picture = np.asarray(Image.open(BytesIO(found)).convert("RGB")).astype(int)
+    places = []
+    for third in np.array_split(picture[40:], 3, axis=1):
+        # what is neither black nor the page, which is bluish
+        grey = (np.ptp(third, axis=-1) == 0) & (third[..., 0] > 60)
+        places.append([np.ptp(np.flatnonzero(grey.any(axis))) for axis in (0, 1)])
+    widths, heights = np.transpose(places)
+    assert np.ptp(widths) < 0.15 * widths.mean() and np.ptp(heights) < 0.15 * heights.mean()
+    # half of the plane's side
+    assert widths.mean() == pytest.approx(picture.shape[1] / 6, rel=0.15)
