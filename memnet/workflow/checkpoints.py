@@ -75,8 +75,8 @@ def fitting_weights(
         ]
         raise ValueError(
             f"{path}: these weights do not fit {type(network).__name__} ({counts}; e.g. {example[0]}); "
-            "give the network's settings that they were trained with, as the bundle's page names them; to pack them, write those "
-            "into the bundle's configs"
+            "give the settings of the network that they were trained with, such as --network_def#channels or --n_unrolls; the "
+            "bundle's page names them, and for pack they stand in the bundle's configs"
         )
     return {**wanted, **{k: v for k, v in weights.items() if k not in spare}}
 
