@@ -18,14 +18,14 @@ def some_values(state: Sequence[torch.Tensor]) -> torch.Tensor:
         state: tensors of any shape.
 
     Returns:
-        Float64, 1D; of a complex tensor real and imaginary part.
+        1D, in the largest precision among them; of a complex tensor real and imaginary part.
     """
     values = []
     for x in state:
         if x.is_complex():
             x = torch.view_as_real(x.detach())
         if x.is_floating_point():
-            values.append(x.detach()[_places(x.shape)].flatten().double())
+            values.append(x.detach()[_places(x.shape)].flatten())
     return torch.cat(values) if values else torch.zeros(0)
 
 

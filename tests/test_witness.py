@@ -12,7 +12,7 @@ def test_about_a_thousand_values_from_all_over(shape, dtype):
     x = torch.randn(shape, dtype=dtype)
     found = some_values((x,))
     parts = 2 if dtype.is_complex else 1
-    assert 64 * parts <= len(found) <= 2048 * parts and found.dtype == torch.float64
+    assert 64 * parts <= len(found) <= 2048 * parts
     # what happens to any eighth of it is seen
     x.flatten()[-x.numel() // 8 :] += 1
     assert not torch.equal(some_values((x,)), found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -39,6 +40,8 @@ __all__ = [
     "with_meta_of",
 ]
 
+logger = logging.getLogger("memnet")
+
 Data = Mapping[Hashable, Any]
 
 _LEAST_SAMPLED = 0.7  # of a reference: an ellipse takes 0.785 of its rectangle
@@ -49,7 +52,7 @@ class LoadKspaced(MapTransform):
 
     Files of raw data are read, see :func:`memnet.datasets.raw_data.read_raw_data`. From a NIfTI file of magnitudes fully sampled
     raw data are simulated, the same every time: of a volume with the first axis as the readout, or of the middle slice of a
-    movie ``(x, y, slice, frame)``, or of the slice that the entry ``slice_index`` names.
+    movie ``(x, y, slice, frame)``, or of the slice that the entry ``slice_index`` names. Of the first such file it is logged.
 
     Args:
         keys: entry with the file's name, which stays as it is.
@@ -73,6 +76,7 @@ class LoadKspaced(MapTransform):
     ) -> None:
         super().__init__(keys)
         self.movie, self.n_coils, self.noise, self.margin = movie, n_coils, noise, margin
+        self._has_told = False
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         """Add ``kspace``, MetaTensor complex64 ``(coils, slices or frames, y, z)``, and ``mask``, bool ``(1, ...)``.
@@ -130,6 +134,7 @@ class LoadKspaced(MapTransform):
         if values.ndim != (4 if self.movie else 3):
             wanted = "a movie (x, y, slice, frame)" if self.movie else "a volume"
             raise ValueError(f"{path}: has the shape {values.shape}; expected {wanted}")
+        self._tell(path, values.shape[2] if self.movie and slice_index is None else 1)
         affine = np.asarray(image.affine, dtype=float)
         seed = zlib.crc32(f"{path.name} {slice_index}".encode())
         if not self.movie:
@@ -146,6 +151,19 @@ class LoadKspaced(MapTransform):
         kspace = simulate_movie(frames, self.n_coils, self.noise, seed)
         affine[:3, 3] += affine[:3, 2] * index
         return kspace, torch.ones(1, kspace.shape[1], 1, kspace.shape[3], dtype=torch.bool), affine
+
+    def _tell(self, path: Path, n_slices: int) -> None:
+        """Say, of the first file, that what comes of it is no scan."""
+        if not self._has_told:
+            part = f" of slice {n_slices // 2}, 0 to {n_slices - 1} being there," if n_slices > 1 else ""
+            logger.info(
+                "%s: holds magnitudes; raw data%s are simulated from them, fully sampled, with %d coils and noise of %g",
+                path,
+                part,
+                self.n_coils,
+                self.noise,
+            )
+        self._has_told = True
 
 
 class CompressCoilsd(MapTransform):

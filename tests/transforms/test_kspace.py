@@ -72,6 +72,19 @@ def test_simulation_is_the_same_every_time_and_differs_between_files(volume: Pat
     assert not torch.equal(first, load({"image": str(other)})["kspace"])
 
 
+def test_of_the_first_simulated_scan_it_is_told(volume: Path, movie: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="memnet")
+    load = LoadKspaced("image", n_coils=2, noise=0.02)
+    for _ in range(2):
+        load({"image": str(volume)})
+    (told,) = caplog.messages
+    assert told.startswith(f"{volume}: ") and "simulated" in told and "2 coils and noise of 0.02" in told
+    load = LoadKspaced("image", movie=True, n_coils=2)
+    load({"image": str(movie)})
+    load({"image": str(movie), "slice_index": 1})
+    assert len(caplog.messages) == 2 and "of slice " in caplog.messages[1]
+
+
 def test_a_simulated_scan_is_planned_around_what_there_is() -> None:
     magnitude = np.zeros((30, 40, 12), np.float32)
     magnitude[5:14, 20:36, 1:12] = 1
