@@ -22,8 +22,8 @@ def conjugate_gradient(
 ) -> torch.Tensor:
     r"""Solve :math:`(N + \mu I) x = b` by conjugate gradients from zero, every item of the batch by itself.
 
-    An item stops where :math:`|r| \le t |b|`, or where its residual has come down to the rounding error of :math:`b`, past which
-    products of residuals would underflow; what follows leaves it as it is.
+    An item stops where :math:`|r| \le t |b|`, or, since squares would underflow, where :math:`|r|^2 \le \epsilon^3 |b|^2` with the
+    machine's :math:`\epsilon`, well past the best that it can do; what follows leaves it as it is.
 
     The ``unrolled`` gradient is that of the iterations as they ran, whether they converged or not; autograd keeps about four
     images an iteration, which a checkpoint around the solve makes passing. The ``implicit`` one is
@@ -63,7 +63,7 @@ def conjugate_gradient(
 def _iterate(normal: Map, right: torch.Tensor, mu: torch.Tensor, max_iterations: int, tolerance: float) -> torch.Tensor:
     x, residual, direction = torch.zeros_like(right), right, right
     power = _dot(residual, residual)
-    least = (max(tolerance, torch.finfo(right.dtype).eps) ** 2 * power).detach()
+    least = (max(tolerance**2, torch.finfo(right.dtype).eps ** 3) * power).detach()
     for _ in range(max_iterations):
         active = (power > least) | ~power.isfinite()  # what is not finite goes on, and shows
         if tolerance > 0 and not bool(active.any()):  # a look at the values, for which a GPU stands still

@@ -143,3 +143,18 @@ def test_float32_solves_do_not_underflow_past_convergence(gradient):
     exact = conjugate_gradient(double.normal, right.detach().to(torch.complex128), 0.05, 3)
     assert float((x.detach() - exact).norm() / exact.norm()) < 1e-5
     assert bool(right.grad.isfinite().all()) and bool(mu.grad.isfinite())
+
+
+def test_the_gradient_of_many_float32_iterations_is_that_of_float64():
+    """It converges after the solution does, so that iterations must not stop with that."""
+    torch.manual_seed(0)
+    csm, mask = torch.randn(1, 4, 24, 24, dtype=torch.complex128), torch.rand(1, 1, 24, 24) < 0.4
+    csm = csm / csm.norm(dim=1, keepdim=True)
+    right, weight = torch.randn(2, 1, 24, 24, dtype=torch.complex128)
+    found = []
+    for kind in (torch.complex64, torch.complex128):
+        b = right.to(kind).requires_grad_()
+        x = conjugate_gradient(SenseOperator(csm.to(kind), mask).normal, b, 0.05, 60)
+        (x * weight.to(kind)).real.sum().backward()
+        found.append(b.grad)
+    assert (found[0] - found[1]).norm() < 1e-5 * found[1].norm()
