@@ -22,7 +22,7 @@ def conjugate_gradient(
 ) -> torch.Tensor:
     r"""Solve :math:`(N + \mu I) x = b` by conjugate gradients from zero, every item of the batch by itself.
 
-    An item stops where :math:`|r| \le t |b|`, or, since squares would underflow, where :math:`|r|^2 \le \epsilon^3 |b|^2` with the
+    An item stops where :math:`|r| \le t |b|`, or, as squares would underflow, where :math:`|r|^2 \le \epsilon^3 |b|^2` with the
     machine's :math:`\epsilon`, well past the best that it can do; what follows leaves it as it is.
 
     The ``unrolled`` gradient is that of the iterations as they ran, whether they converged or not; autograd keeps about four
