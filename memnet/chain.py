@@ -13,8 +13,8 @@ from memnet.budget import FitBeforehand, fit_to_budget, parse_bytes
 from memnet.grid import as_stream, check_range, magnitude, round_to_grid
 from memnet.invertible import Invertible, Recorded
 from memnet.metadata import plain_tensor
-from memnet.recompute import Gradients, accumulate
-from memnet.strategies import pack, unpack
+from memnet.recompute import Gradients, accumulate, pack
+from memnet.strategies import unpack
 from memnet.tracing import is_traced
 from memnet.witness import some_values
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Guarded", "Replay", "SideEffects", "guarded", "replay_with_grad"]
+__all__ = ["Guarded", "Replay", "SideEffects", "guarded", "pack", "replay_with_grad"]
 
 Gradients = dict[nn.Parameter, torch.Tensor]
 PullBack = Callable[[Sequence[torch.Tensor | None]], tuple[list[torch.Tensor | None], Gradients]]
@@ -41,7 +41,7 @@ class Replay:
     def first(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Call the module, remembering what a repetition needs."""
         with self.noting(*inputs):
-            return _as_tuple(self.module(*inputs))
+            return pack(self.module(*inputs))
 
     @contextmanager
     def noting(self, *inputs: torch.Tensor) -> Iterator[None]:
@@ -101,7 +101,7 @@ class Replay:
                     torch.cuda.set_rng_state(state, device)
             for device_type, enabled, dtype in self._autocast:
                 stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
-            return _as_tuple(torch.func.functional_call(self.module, substitutes, inputs, tie_weights=False))
+            return pack(torch.func.functional_call(self.module, substitutes, inputs, tie_weights=False))
 
 
 class SideEffects:
@@ -173,6 +173,11 @@ def replay_with_grad(
     return tuple(y.detach() for y in state), pull_back
 
 
+def pack(state: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return a block's output as a tuple."""
+    return (state,) if isinstance(state, torch.Tensor) else tuple(state)
+
+
 def accumulate(total: Gradients, more: Gradients) -> None:
     """Add the gradients of one call to the running sums."""
     for parameter, gradient in more.items():
@@ -231,10 +236,6 @@ def _with_strides(x: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Ten
     if all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True)):
         return x.as_strided(x.shape, strides)
     return x.new_empty_strided(x.shape, strides).copy_(x)
-
-
-def _as_tuple(state: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return (state,) if isinstance(state, torch.Tensor) else tuple(state)
 
 
 def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from memnet.grid import OutOfRangeError
 from memnet.invertible import DriftError, Recorded
-from memnet.recompute import Gradients, Guarded, Replay, SideEffects, accumulate, replay_with_grad
+from memnet.recompute import Gradients, Guarded, Replay, SideEffects, accumulate, pack, replay_with_grad
 
 if TYPE_CHECKING:
     from memnet.chain import Chain
 
-__all__ = ["auto", "checkpoint", "invert", "pack", "recursive", "unpack"]
+__all__ = ["auto", "checkpoint", "invert", "recursive", "unpack"]
 
 _Basket = list[Sequence[torch.Tensor | None]]
 
@@ -197,11 +197,6 @@ def _needed(ctx, state_gradients: Sequence[torch.Tensor | None], found: Gradient
 def _rerun(blocks: list[nn.Module], leaf: int, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     parameters = list(dict.fromkeys(p for block in blocks for p in block.parameters()))
     return _Rerun.apply(blocks, leaf, len(state), parameters, *state, *parameters)
-
-
-def pack(state: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Return a block's output as a tuple."""
-    return (state,) if isinstance(state, torch.Tensor) else tuple(state)
 
 
 def unpack(state: tuple[torch.Tensor, ...]) -> Any:
