@@ -88,15 +88,19 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
 
 
 def read_words(workflow: ConfigWorkflow) -> None:
-    """Take ``--resume true`` for what it says, and ``--dataset_dir 100307`` for a folder's name.
+    """Take ``--resume true`` for what it says, ``--dataset_dir 100307`` for a folder's name, ``--tile 16`` for a list of it.
 
     The command line knows ``True`` alone and would pass the word on, and makes a number of what looks like one.
     """
     words = {"true": True, "false": False, "null": None, "none": None}
-    config = workflow.parser.get()
+    config, shipped = workflow.parser.get(), _shipped_configs(workflow.config_root_path)
     for path, section in [((), config), *_sections(config)]:
+        originals = _at(shipped, path)
         for key, value in section.items():
-            if isinstance(value, str) and value.lower() in words:
+            known = [original[key] for original in originals if original.get(key) is not None]
+            if _are_numbers(known) and _all_are((int, float), [value]):
+                workflow.parser["#".join([*path, key])] = [value] * len(known[0])
+            elif isinstance(value, str) and value.lower() in words:
                 workflow.parser["#".join([*path, key])] = words[value.lower()]
             elif not path and _PLACES.fullmatch(key) and _all_are((int,), [value]):
                 workflow.parser[key] = str(value)
@@ -106,8 +110,8 @@ def check_values(workflow: ConfigWorkflow) -> None:
     """Refuse values of another kind than the bundle's own configs have, and devices that are not there.
 
     ``true`` and ``false``, whole numbers, numbers and lists of numbers are kinds. What is above zero in every config of the
-    bundle may not be below, counts such as ``epochs`` are at least 1, lists of several numbers keep their length; a number by
-    itself stands for a list of it. ``null``, MONAI's expressions and what is text in the bundle are taken as they are.
+    bundle may not be below, counts such as ``epochs`` are at least 1, lists of several numbers keep their length. ``null``,
+    MONAI's expressions and what is text in the bundle are taken as they are.
 
     Args:
         workflow: the workflow with its overrides applied and its words read.
@@ -127,8 +131,6 @@ def check_values(workflow: ConfigWorkflow) -> None:
                 raise ValueError(
                     f"{'#'.join([*path, key])} is {value!r}, expected {expected} ({json.dumps(known[0])} in the bundle)"
                 )
-            if known and all(isinstance(k, list) for k in known) and _all_are((int, float), [value]):
-                workflow.parser["#".join([*path, key])] = [value] * len(known[0])
     device = config.get("device")
     if isinstance(device, str) and not device.startswith(("$", "@")):
         _check_device(device)
@@ -195,10 +197,10 @@ def check_weights(workflow: ConfigWorkflow, network: nn.Module) -> None:
 
 def _expected(key: str, value: Any, known: Sequence[Any]) -> str | None:
     """Return what kind of value is expected, or ``None`` if this one is of that kind or any will do."""
-    if known and all(isinstance(k, list) and k and _all_are((int, float), k) for k in known):
+    if _are_numbers(known):
         lengths = {len(k) for k in known}
         if not isinstance(value, (list, tuple)):
-            return None if _all_are((int, float), [value]) else "a list of numbers"
+            return "a list of numbers"
         fits = _all_are((int, float), value) and (len(value) in lengths or 1 in lengths)
         return None if fits else f"{' or '.join(map(str, sorted(lengths)))} numbers"
     for types, words in _KINDS:
@@ -209,6 +211,11 @@ def _expected(key: str, value: Any, known: Sequence[Any]) -> str | None:
             too_small = types != (bool,) and min(known) > 0 and value < least
             return f"{words} of at least {least}" if too_small else None
     return None
+
+
+def _are_numbers(known: Sequence[Any]) -> bool:
+    """Tell whether all configs that have a setting have a list of numbers there."""
+    return bool(known) and all(isinstance(k, list) and k and _all_are((int, float), k) for k in known)
 
 
 def _all_are(types: tuple[type, ...], values: Sequence[Any]) -> bool:

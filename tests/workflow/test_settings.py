@@ -75,6 +75,7 @@ def test_a_number_stands_for_a_list_of_it(bundle: str, key: str) -> None:
     config = str(BUNDLES / bundle / "configs" / "train.json")
     workflow = ConfigWorkflow(config, workflow_type="training", **{key: 16})
     length = len(ConfigWorkflow(config, workflow_type="training").parser[key])
+    read_words(workflow)
     check_values(workflow)
     assert workflow.parser[key] == [16] * length
 
