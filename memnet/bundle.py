@@ -13,8 +13,10 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TypeGuard
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 from torch import distributed
@@ -32,7 +34,7 @@ from memnet.workflow.settings import (
     read_words,
 )
 
-__all__ = ["bundle_root", "end", "hide_warnings_of_monai", "input_error", "start"]
+__all__ = ["bundle_root", "end", "hide_warnings_of_monai", "input_error", "refused_input", "start"]
 
 _PACKAGE = str(Path(__file__).parent)
 # what a system says of its disks and folders, of which no program is to blame
@@ -110,32 +112,57 @@ def input_error(error: BaseException | None) -> ValueError | None:
         The ``ValueError`` that this package raised; one that says so where the machine ran out of memory or disk, a folder
         is read-only or a config cannot be read; or ``None`` if there is none, that is for a programming error.
     """
-    while error is not None:
-        if is_out_of_memory(error):
-            return ValueError(f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+    for cause in _causes(error):
+        if is_out_of_memory(cause):
+            return ValueError(f"out of memory ({str(cause).splitlines()[0] if str(cause) else type(cause).__name__})")
         # of what its writers raise, MONAI's SaveImage hands on the text alone
-        told = _NOT_WRITTEN.search(str(error)) if isinstance(error, RuntimeError) else None
+        told = _NOT_WRITTEN.search(str(cause)) if isinstance(cause, RuntimeError) else None
         if told:
             return ValueError(told[1])
-        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-            place = f"{Path(os.fsdecode(error.filename))}: " if error.filename else ""
-            if error.errno in _FULL:
-                return ValueError(f"{place}cannot be written ({error.strerror})")
-            return ValueError(f"{place}{error.strerror}; outputs go where --output_dir says")
-        if isinstance(error, ValueError) and error.__traceback__ is not None:
-            raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-            if raised_in.startswith(_PACKAGE):
-                return error
-        config = _unread_config(error)
+        if isinstance(cause, OSError) and cause.errno in _OF_THE_MACHINE:
+            place = f"{Path(os.fsdecode(cause.filename))}: " if cause.filename else ""
+            if cause.errno in _FULL:
+                return ValueError(f"{place}cannot be written ({cause.strerror})")
+            return ValueError(f"{place}{cause.strerror}; outputs go where --output_dir says")
+        if _is_own(cause):
+            return cause
+        config = _unread_config(cause)
         if config is not None:
-            return ValueError(f"{config}: no config that can be read, a JSON object ({error})")
-        error = error.__cause__ or error.__context__
+            return ValueError(f"{config}: no config that can be read, a JSON object ({cause})")
     return None
+
+
+def refused_input(error: BaseException | None) -> ValueError | None:
+    """Find the error with which this package refused what it was given to read, behind what MONAI wrapped around it.
+
+    Args:
+        error: what was caught.
+
+    Returns:
+        The ``ValueError``; ``None`` for any other error, among them those of :func:`input_error` that are of the machine.
+    """
+    causes = list(_causes(error))
+    if any(is_out_of_memory(cause) or isinstance(cause, NotWrittenError) for cause in causes):
+        return None
+    return next((cause for cause in causes if _is_own(cause)), None)
 
 
 def hide_warnings_of_monai() -> None:
     """Hide what MONAI warns its own developers of: its surface distances call a function as it no longer is to be called."""
     warnings.filterwarnings("ignore", "monai.*always_return_as_numpy", FutureWarning)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_own(error: BaseException) -> TypeGuard[ValueError]:
+    """Tell whether an error is a ``ValueError`` that this package raised."""
+    if not isinstance(error, ValueError) or error.__traceback__ is None:
+        return False
+    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE)
 
 
 def _one_line_errors() -> None:

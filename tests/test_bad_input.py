@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import BUNDLES, phantom
 from monai.bundle import ConfigParser
+from pages import Page
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from memnet import bundle
@@ -123,15 +124,37 @@ def test_inference_leaves_nothing_behind(tmp_path: Path, weights: Path, kind: st
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_one_bad_volume_among_many_is_named(tmp_path: Path, weights: Path, write_nifti: Callable[..., Path]) -> None:
+def test_bad_volumes_among_many_are_passed_over_and_told(
+    tmp_path: Path, weights: Path, write_nifti: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
     write_nifti("scans/a.nii.gz", phantom()[0])
-    path, _ = write_bad(tmp_path / "scans", "cut short")
+    bad = [write_bad(tmp_path / "scans", kind)[0] for kind in ("cut short", "NaN")]
+    write_nifti("scans/z.nii.gz", phantom()[0])
     out = tmp_path / "out"
     message = refused(
         "inference.json", dataset_dir=str(tmp_path / "scans"), ckpt_path=str(weights), output_dir=str(out)
     )
-    assert str(path) in message
-    assert [p.name for p in out.iterdir()] == ["a_tissue.nii.gz"]  # and no report of a run that failed
+    assert message.startswith("2 of 4 inputs could not be read, the others are done: ")
+    assert all(str(path) in message and f"passed over: {path}" in caplog.text for path in bad)
+    names = {"a_tissue.nii.gz", "z_tissue.nii.gz", "tissue_volumes.csv", "inference.html"}
+    assert {p.name for p in out.iterdir()} == names
+    assert (out / "tissue_volumes.csv").read_text().count("\n") == 3
+    page = Page(out / "inference.html")
+    assert page.column("label map") == ["a_tissue.nii.gz", "z_tissue.nii.gz"]
+    (passed_over,) = (table[1:] for table in page.tables if table[0] == ["input", "why"])
+    assert [row[0] for row in passed_over] == sorted(path.name for path in bad)
+    assert all(row[1].startswith(f"{row[0]}: ") for row in passed_over) and str(tmp_path / "scans") not in page.text
+
+
+def test_nothing_but_bad_volumes(tmp_path: Path, weights: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    for kind in KINDS[:5]:
+        write_bad(tmp_path / "scans", kind)
+    message = refused(
+        "inference.json", dataset_dir=str(tmp_path / "scans"), ckpt_path=str(weights), output_dir=str(tmp_path / "out")
+    )
+    assert message.startswith("5 of 5 inputs could not be read") and message.endswith("; and 2 more")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["inference.html"]
 
 
 def test_failed_writing_leaves_no_partial_file(

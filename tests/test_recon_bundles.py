@@ -223,6 +223,20 @@ def test_bad_input_leaves_nothing_behind(
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+def test_a_folder_goes_on_past_a_file_that_cannot_be_read(
+    raw_data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.h5").write_text("nothing")
+    (tmp_path / "in" / "b.h5").write_bytes(raw_data.read_bytes())
+    options = {**SMALL, "acceleration": None, "ckpt_path": str(weights), "slab_size": None}
+    monkeypatch.chdir(tmp_path)
+    error = refusal(KNEE, "run", "inference.json", **options, dataset_dir="in", output_dir="out")
+    assert error.startswith("1 of 2 inputs could not be read, the others are done: in/a.h5: ")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"b_recon.nii.gz", "inference.html"}
+    assert Page(tmp_path / "out" / "inference.html").column("why")[0].startswith("a.h5: ")
+
+
 def _raw(path: Path, sampled: np.ndarray | None = None, frames: int = 1) -> None:
     kspace = np.random.default_rng(0).normal(size=(frames, 2, 4, 18, 8)).astype(np.complex64)
     taken = np.ones((frames, 18, 8), bool) if sampled is None else np.tile(sampled[None, :, None], (frames, 1, 8))

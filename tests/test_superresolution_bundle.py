@@ -195,6 +195,22 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(weights: Path, tmp_path
     assert [p.name for p in out.rglob("*") if p.is_file() and "tensors" not in p.parts] == []
 
 
+def test_a_folder_goes_on_past_a_series_that_cannot_be_fitted(weights: Path, tmp_path: Path) -> None:
+    for subject in ("a", "b", "c"):
+        data = write_series(tmp_path / "series" / subject, (8, 8, 8))
+        if subject == "b":
+            data.with_name("data.bvec").unlink(missing_ok=True)
+            for bvecs in data.parent.glob("*bvec*"):
+                bvecs.write_text("1 0 0")
+    options = {"ckpt_path": str(weights), "output_dir": str(tmp_path / "out"), "panel": False}
+    told = refused("run", "inference.json", **options, dataset_dir=str(tmp_path / "series"))
+    assert told.startswith("1 of 3 inputs could not be read, the others are done: ") and "series/b/" in told
+    made = {p.name for p in (tmp_path / "out").glob("*_tensor.nii.gz")}
+    assert made == {"a_tensor.nii.gz", "c_tensor.nii.gz"}
+    (passed_over,) = (t[1:] for t in Page(tmp_path / "out" / "inference.html").tables if t[0] == ["input", "why"])
+    assert [row[0] for row in passed_over] == ["b"] and passed_over[0][1].startswith("data.nii.gz: ")
+
+
 def test_too_few_subjects_and_too_small_volumes(subjects: Path, tmp_path: Path) -> None:
     options = {"dataset_dir": str(subjects), "output_dir": str(tmp_path)}
     assert "3 subjects are there; n_training=8" in refused("run", "train.json", **options, n_training=8)

@@ -135,7 +135,7 @@ def prepare(
     from tqdm import tqdm
 
     cases = []
-    for one in tqdm(series, "preparing subjects", disable=not progress, ncols=100):
+    for one in tqdm(series, "preparing subjects", disable=not progress or len(series) == 1, ncols=100):
         folder = Path(cache_dir) / one["subject"]
         resolutions = ["high"] if rate is None else ["low", "high", *(["interpolated"] if interpolated else [])]
         files = {
@@ -264,10 +264,8 @@ def find_inputs(
     dwi: str | Path | None = None,
     dataset_dir: str | Path | None = None,
     reference: str | Path | None = None,
-    cache_dir: str | Path = ".",
-    shells: Sequence[float] | None = None,
 ) -> list[Case]:
-    """List what is to be refined: tensor images, or diffusion series whose tensors are fitted first.
+    """List what is to be refined: tensor images, or diffusion series whose tensors are to be fitted first.
 
     Args:
         image: one tensor image or several.
@@ -275,11 +273,10 @@ def find_inputs(
         dwi: one diffusion series.
         dataset_dir: a folder of diffusion series, see :func:`find_series`.
         reference: fine tensors of the one image, to draw beside the result.
-        cache_dir: where fitted tensors are kept.
-        shells: see :meth:`memnet.diffusion.tensors.DiffusionSeries.select`.
 
     Returns:
-        ``{"image", "output_name"}`` of each, and ``mask`` and ``reference`` where there are; nothing where nothing is given.
+        ``{"image", "output_name"}`` of each tensor image, and ``mask`` and ``reference`` where there are; of each series
+        ``{"series", "output_name"}``, see :class:`memnet.transforms.tensors.FitTensorsd`. Nothing where nothing is given.
 
     Raises:
         ValueError: a file is missing, inputs would be written under one name, or two arguments contradict each other.
@@ -296,11 +293,7 @@ def find_inputs(
         series = find_series(str(dataset_dir)) if dataset_dir else [{"data": str(dwi), "subject": stem_of(str(dwi))}]
         if dwi and mask:
             series[0]["mask"] = alone.pop("mask")
-        prepared = prepare(series, cache_dir, shells, None)
-        cases = [
-            {"image": case["tensor_high"], "mask": case["mask_high"], "output_name": case["subject"]}
-            for case in prepared
-        ]
+        cases = [{"series": one, "output_name": one["subject"]} for one in series]
     if alone and len(cases) > 1:
         raise ValueError(f"{' and '.join(alone)} belong to one image; {len(cases)} are given")
     cases[0] |= alone
@@ -308,9 +301,10 @@ def find_inputs(
     for case in cases:
         if names.count(case["output_name"]) > 1:
             raise ValueError(f"{case['output_name']}: several inputs would be written under this name; rename them")
-        for key in {"image", "mask", "reference"} & set(case):
-            if not Path(case[key]).is_file():
-                raise ValueError(f"{case[key]}: no such file")
+        files = case | {key: value for key, value in case.get("series", {}).items() if key in ("data", "mask")}
+        for key in {"image", "mask", "reference", "data"} & set(files):
+            if not Path(files[key]).is_file():
+                raise ValueError(f"{files[key]}: no such file")
     return cases
 
 

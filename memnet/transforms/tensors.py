@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +17,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy import ndimage
 from torch.nn import functional
 
+from memnet.datasets.diffusion import prepare
 from memnet.datasets.diffusion_files import read_tensors
 from memnet.diffusion.tensors import SYMMETRIC, complete_edge, rotate_tensors, rotation_of
 from memnet.metadata import plain_tensor
@@ -25,6 +26,7 @@ from memnet.transforms.modalities import read_volume
 
 __all__ = [
     "CompleteEdged",
+    "FitTensorsd",
     "LoadTensorsd",
     "MarkRegionsd",
     "RandTensorPatchd",
@@ -38,6 +40,43 @@ UNIT = 1e-3
 """mm^2/s of a value that networks see: um^2/ms, in which brain is of magnitude 1."""
 
 EDGE, INTERIOR = 1, 2
+
+
+class FitTensorsd(MapTransform):
+    """Fit tensors to a diffusion series, or take those that have been fitted to it before.
+
+    Args:
+        keys: entries that hold a series, see :func:`memnet.datasets.diffusion.find_series`.
+        images: for each of them the entry that then names the tensor image.
+        masks: for each of them the entry that then names the brain's mask.
+        cache_dir: where the tensors are kept, see :func:`memnet.datasets.diffusion.prepare`.
+        shells: see :meth:`memnet.diffusion.tensors.DiffusionSeries.select`.
+        allow_missing_keys: leave data as it is that does not have the entries.
+
+    Raises:
+        ValueError: see :func:`memnet.datasets.diffusion_files.read_series`.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        images: KeysCollection,
+        masks: KeysCollection,
+        cache_dir: str | Path,
+        shells: Sequence[float] | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.images, self.masks = ensure_tuple(images), ensure_tuple(masks)
+        self.cache_dir, self.shells = cache_dir, shells
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace each series by the files of its tensors and brain."""
+        d = dict(data)
+        for key, image, mask in self.key_iterator(d, self.images, self.masks):
+            (fitted,) = prepare([d.pop(key)], self.cache_dir, self.shells, rate=None)
+            d[image], d[mask] = fitted["tensor_high"], fitted["mask_high"]
+        return d
 
 
 class LoadTensorsd(MapTransform):

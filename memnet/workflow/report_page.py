@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import nn
 from memnet.whole_files import whole_file
 from memnet.workflow.provenance import bundle_metadata, provenance
 from memnet.workflow.report_panels import ReportedCase
+from memnet.workflow.unreadable import PassedOver
 
 __all__ = ["Report", "ReportPage", "Table"]
 
@@ -152,6 +154,11 @@ class ReportPage:
             columns = list(dict.fromkeys(column for case in self.cases for column in case.numbers))
             rows = [[name, *(case.numbers.get(c, "") for c in columns)] for name, case in report.cases]
             report.tables = [("Input by input", ["input", *columns], rows)]
+        passed_over = getattr(engine.state, "passed_over", [])
+        if passed_over:
+            names = _short([one.source for one in passed_over])
+            told = [[name, _without_folders(one)] for name, one in zip(names, passed_over, strict=True)]
+            report.tables.append(("Passed over", ["input", "why"], told))
         report.made = {
             "begun": self.started.isoformat(sep=" ", timespec="seconds"),
             "took": f"{time.monotonic() - self.clock:.1f} s, this page's pictures included",
@@ -206,6 +213,13 @@ def _short(paths: Sequence[str]) -> list[str]:
         seen[name] += 1
         names[i] = name if seen[name] == 1 else f"{name} ({seen[name]})"
     return names
+
+
+def _without_folders(one: PassedOver) -> str:
+    why = one.why
+    for folder in {file.parent for file in one.files}:
+        why = why.replace(f"{folder}{os.sep}", "")
+    return why
 
 
 def _number(text: str) -> str | float:

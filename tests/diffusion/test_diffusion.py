@@ -27,6 +27,7 @@ from memnet.diffusion.tensors import (
     mean_diffusivity,
     rotate_tensors,
 )
+from memnet.transforms.tensors import FitTensorsd
 
 grids = pytest.mark.parametrize("affine", GRIDS.values(), ids=GRIDS)
 
@@ -285,14 +286,15 @@ def test_another_mask_prepares_a_series_again(tmp_path):
         mask = np.zeros(image.shape[:3], np.uint8)
         mask[:n] = 1
         nib.save(nib.Nifti1Image(mask, image.affine), tmp_path / "mask.nii.gz")
-        (case,) = find_inputs(dwi=data, mask=tmp_path / "mask.nii.gz", cache_dir=tmp_path / "cache")
+        (case,) = find_inputs(dwi=data, mask=tmp_path / "mask.nii.gz")
+        case = FitTensorsd("series", "image", "mask", tmp_path / "cache")(case)
         sizes.append(int(np.asarray(nib.load(case["mask"]).dataobj).sum()))
     assert sizes == [5 * 36, 6 * 36]
 
 
 def test_a_series_of_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="absent/a.nii.gz: no such file"):
-        find_inputs(dwi=tmp_path / "absent" / "a.nii.gz", cache_dir=tmp_path)
+        find_inputs(dwi=tmp_path / "absent" / "a.nii.gz")
 
 
 def test_negative_eigenvalues_of_prepared_tensors_are_told_once(tmp_path, caplog, monkeypatch):
