@@ -102,7 +102,9 @@ def test_evaluation_scores_each_case_beside_the_zero_filled_image(folder: Path, 
         assert [Path(row[0]).name for row in rows] == [f"t1_{k}.nii.gz" for k in range(3)]
         scores[name] = [float(row[1]) for row in rows]
         assert name in (tmp_path / "metrics.csv").read_text()
-        assert Page(tmp_path / "evaluation.html").column(name) == [f"{score:.4g}" for score in scores[name]]
+        assert Page(tmp_path / "evaluation.html").column(f"{name} [dB]" if "psnr" in name else name) == [
+            f"{score:.4g}" for score in scores[name]
+        ]
     assert len(Page(tmp_path / "evaluation.html").images) == 3
     assert all(a > b for a, b in zip(scores["val_psnr"], scores["val_psnr_zero_filled"], strict=True))
     assert all(0 < s < 1 for s in scores["val_ssim"] + scores["val_nrmse"])

@@ -60,7 +60,10 @@ def test_trains_evaluates_and_refines(n_blocks: int, subjects: Path, tmp_path: P
     rows = (evaluated / "cubic_rmse_total_raw.csv").read_text().splitlines()
     assert len(rows) == 2 and "10030" in rows[1]  # one test subject
     page = Page(evaluated / "evaluation.html")
-    assert page.row("cubic_rmse_total") == [f"{float(metrics['cubic_rmse_total']):.4g}"] and len(page.images) == 1
+    assert (
+        page.row("cubic_rmse_total [1e-5 mm2/s]") == [f"{float(metrics['cubic_rmse_total']):.4g}"]
+        and len(page.images) == 1
+    )
 
     refined = tmp_path / "refined"
     options = {**SMALL, **common, "ckpt_path": best, "output_dir": str(refined), "panel": False}

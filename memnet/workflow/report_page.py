@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from html import escape
 from pathlib import Path
 from typing import Any, cast
@@ -100,6 +101,7 @@ class ReportPage:
         device: where it is run.
         metrics_dir: the folder where MONAI's ``MetricsSaver``, attached before, writes the tables of an evaluation.
         classes: what the metrics' columns are called, where they have one for each class or region.
+        units: of metrics, by patterns of their names such as ``"*hausdorff*"``, of which the first that fits counts.
         most_pictures: of how many cases pictures are drawn.
     """
 
@@ -113,12 +115,13 @@ class ReportPage:
         device: torch.device | str = "cpu",
         metrics_dir: str | Path | None = None,
         classes: Sequence[str] = (),
+        units: Mapping[str, str] | None = None,
         most_pictures: int = 12,
     ) -> None:
         self.file, self.panel, self.bundle_root = Path(file), panel, Path(bundle_root)
         self.network, self.weights, self.device = network, weights, device
         self.metrics_dir = None if metrics_dir is None else Path(metrics_dir)
-        self.classes, self.most_pictures = tuple(classes), most_pictures
+        self.classes, self.units, self.most_pictures = tuple(classes), units or {}, most_pictures
         self.cases: list[ReportedCase] = []
         self.started = datetime.now(UTC)
 
@@ -149,7 +152,7 @@ class ReportPage:
         names = _short([case.source for case in self.cases])
         report.cases = list(zip(names, self.cases, strict=True))
         if self.metrics_dir is not None:
-            report.tables = _metric_tables(self.metrics_dir, engine.state.metrics, self.classes)
+            report.tables = _metric_tables(self.metrics_dir, engine.state.metrics, self.classes, self.units)
         elif self.cases:
             columns = list(dict.fromkeys(column for case in self.cases for column in case.numbers))
             rows = [[name, *(case.numbers.get(c, "") for c in columns)] for name, case in report.cases]
@@ -170,10 +173,19 @@ class ReportPage:
         logger.info("report: %s", self.file)
 
 
-def _metric_tables(folder: Path, metrics: Mapping[str, Any], classes: Sequence[str]) -> list[Table]:
+def _metric_tables(
+    folder: Path, metrics: Mapping[str, Any], classes: Sequence[str], units: Mapping[str, str]
+) -> list[Table]:
     """Read what MONAI's ``MetricsSaver`` wrote about these metrics."""
-    values = [row for row in _read(folder / "metrics.csv") if row and row[0] in metrics]
-    tables: list[Table] = [("Over all cases", ["metric", "value"], [[row[0], _number(row[1])] for row in values])]
+
+    def with_unit(name: str) -> str:
+        unit = next((unit for pattern, unit in units.items() if fnmatchcase(name, pattern)), "")
+        return f"{name} [{unit}]" if unit else name
+
+    values = [
+        [with_unit(row[0]), _number(row[1])] for row in _read(folder / "metrics.csv") if row and row[0] in metrics
+    ]
+    tables: list[Table] = [("Over all cases", ["metric", "value"], values)]
     single: dict[str, list[str | float]] = {}
     for name in metrics:
         rows = _read(folder / f"{name}_raw.csv")
@@ -185,11 +197,13 @@ def _metric_tables(folder: Path, metrics: Mapping[str, Any], classes: Sequence[s
         if n_classes <= 1:
             for case, row in zip(names, cases, strict=True):
                 single.setdefault(case, [case]).append(_number(row[-1]))
-            single.setdefault("", ["case"]).append(name)
+            single.setdefault("", ["case"]).append(with_unit(name))
             continue
         told = {f"class{i}": name for i, name in enumerate(classes)} if len(classes) == n_classes else {}
         columns = ["case", *(told.get(column, column) for column in header[1:])]
-        tables.append((name, columns, [[case, *map(_number, row[1:])] for case, row in zip(names, cases, strict=True)]))
+        tables.append(
+            (with_unit(name), columns, [[case, *map(_number, row[1:])] for case, row in zip(names, cases, strict=True)])
+        )
     if single:
         header = [str(column) for column in single.pop("")]
         tables.insert(1, ("Case by case", header, list(single.values())))

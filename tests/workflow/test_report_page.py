@@ -111,12 +111,13 @@ def test_metrics_are_those_that_were_written(tmp_path: Path) -> None:
         "cpu",
         tmp_path,
         ["CSF", "GM"],
+        {"dice": "", "*": "dB"},
     )
     handler._start(SimpleNamespace())  # type: ignore[arg-type]
     handler._write(SimpleNamespace(state=SimpleNamespace(metrics={"dice": 0, "psnr": 0})))  # type: ignore[arg-type]
     page = Page(tmp_path / "page.html")
-    assert page.tables[0] == [["metric", "value"], ["dice", "0.75"], ["psnr", "31.5"]]
-    assert page.tables[1] == [["case", "psnr"], ["x/a.nii", "30"], ["y/a.nii", "33"]]
+    assert page.tables[0] == [["metric", "value"], ["dice", "0.75"], ["psnr [dB]", "31.5"]]
+    assert page.tables[1] == [["case", "psnr [dB]"], ["x/a.nii", "30"], ["y/a.nii", "33"]]
     assert page.tables[2] == [
         ["case", "CSF", "GM", "mean"],
         ["x/a.nii", "0.5", "1", "0.75"],
