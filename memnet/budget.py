@@ -36,7 +36,7 @@ def parse_bytes(amount: int | float | str) -> int:
     Raises:
         ValueError: it is none, or not above 0.
     """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([a-z]*)\s*", str(amount).lower())
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([a-z]*)\s*", str(amount).lower())
     unit = found.group(2).upper() if found else ""
     if not found or (unit not in _UNITS and unit + "B" not in _UNITS) or float(found.group(1)) <= 0:
         raise ValueError(f"{amount!r} is no amount of memory; write 12GiB or 800MB")

@@ -74,6 +74,18 @@ def test_training_leaves_the_shipped_weights_alone(
 
 
 @cases
+@pytest.mark.parametrize("network", ["fully", "baseline"])
+def test_trains_within_a_memory_budget_to_the_same_weights(
+    case: BundleCase, network: str, data: Path, tmp_path: Path
+) -> None:
+    options = {**SMALL_TRAINING, "dataset_dir": str(data), "epochs": 1, "network_name": network}
+    for memory, more in (("store", {}), ("auto", {"network_def#memory_budget": "10MB"})):
+        run(case.folder, "training", "train.json", **options, **more, memory=memory, output_dir=str(tmp_path / memory))
+    plain, fitted = (torch.load(tmp_path / name / "model_best.pt", weights_only=True) for name in ("store", "auto"))
+    assert all(torch.equal(plain[key], fitted[key]) for key in plain)
+
+
+@cases
 def test_fine_tuning_begins_with_the_weights_given(
     case: BundleCase, data: Path, random_weights: Callable[..., Path], tmp_path: Path
 ) -> None:
