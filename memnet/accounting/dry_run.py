@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
@@ -43,7 +43,9 @@ class DryRun(NamedTuple):
     flops: int
 
 
-def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor]]]) -> DryRun:
+def dry_run(
+    make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor]]], device: Literal["cpu", "cuda"] = "cpu"
+) -> DryRun:
     """Run a forward and backward pass on tensors without data, and account for them as if they had some.
 
     Every tensor counts from the operation that makes it to the last reference to it, as with
@@ -54,6 +56,7 @@ def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor
     Args:
         make: builds the network and its inputs, under simulation, and returns the run to account for (what it returns stays
             alive until its end) and the parameters, whose ``.grad`` after it is not counted.
+        device: where the run would be; on ``cuda`` the tensors alone are counted. They are simulated on a CPU either way.
 
     Returns:
         The account.
@@ -63,7 +66,7 @@ def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor
     """
     with simulation():
         run, parameters = make()
-        ledger = Ledger()
+        ledger = Ledger(device == "cpu")
         with ledger:
             result = run()
         del result
@@ -78,13 +81,17 @@ def simulation() -> AbstractContextManager[Any]:
 class Ledger(TorchDispatchMode):
     """Books each storage when an operation returns it, and cancels it when nothing refers to it any more.
 
+    Args:
+        counts_inside: book also what a CPU's operations take while they run.
+
     Attributes:
         flops: floating-point operations of matrix products and convolutions so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counts_inside: bool = True) -> None:
         super().__init__()
         self.flops = 0
+        self._counts_inside = counts_inside
         # bytes alive, their peak, and what was made since the dead were last looked for
         self._live = self._most = self._unsettled = 0
         self._alive: dict[int, tuple[int, StorageWeakRef, int]] = {}  # storage: place of its booking, reference, bytes
@@ -106,7 +113,7 @@ class Ledger(TorchDispatchMode):
             with no_dispatch():
                 outputs.constant = func(*args, **{**kwargs, "device": "cpu"})
         self.flops += flops_of(func, args, kwargs, outputs)
-        inside = bytes_inside(func, args, outputs) or _bytes_of_casts(func, args)
+        inside = (bytes_inside(func, args, outputs) or _bytes_of_casts(func, args)) if self._counts_inside else 0
         storages = {_key(y.untyped_storage()): y.untyped_storage() for y in made}
         new = [storage for key, storage in storages.items() if key not in self._alive]
         self._unsettled += inside + sum(storage.nbytes() for storage in new)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from monai.bundle import ConfigParser
@@ -23,6 +23,8 @@ from memnet.nets.packed import PackedMoDL
 from memnet.spelling import did_you_mean
 
 __all__ = ["Plan", "TrainingStep", "fill_budget", "largest_patch", "parse_bytes", "read_override"]
+
+Device = Literal["cpu", "cuda"]
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 # losses whose target looks like the prediction; others take a label map of one channel
@@ -64,6 +66,8 @@ class TrainingStep:
         overrides: values by id, such as ``{"network_def#channels": 16}``.
         network_id: the config's id of the network, any ``torch.nn.Module``.
         loss_id: its id of the loss; where it has none, the sum of the outputs is differentiated.
+        device: where it would be. A GPU's libraries take workspaces that are not known, and so not counted; what a CPU's
+            take is.
 
     Raises:
         ValueError: a file is missing, or the config has no such network or setting.
@@ -75,6 +79,7 @@ class TrainingStep:
         overrides: dict[str, Any] | None = None,
         network_id: str = "network_def",
         loss_id: str = "loss",
+        device: Device = "cpu",
     ) -> None:
         files: list[str | Path] = []
         if isinstance(config, Mapping):
@@ -91,6 +96,7 @@ class TrainingStep:
                 raise ValueError(f"{key!r} is no setting of the config{did_you_mean(key, self._content)}")
         self._plans: dict[Any, Plan] = {}  # each simulation takes seconds
         self._network_id, self._loss_id = network_id, loss_id
+        self.device = device
         parser = self._parser(None)
         if network_id not in parser:
             raise ValueError(
@@ -164,7 +170,7 @@ class TrainingStep:
 
             return run, list(network.parameters())
 
-        found = dry_run(make)
+        found = dry_run(make, self.device)
         self._plans[key] = Plan(memory, precision, patch, batch, found.peak, self.state, found.flops)
         return self._plans[key]
 
@@ -310,6 +316,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch", type=int, default=0, help="patches a step; the config's by default")
     parser.add_argument("--memory", nargs="+", choices=get_args(Memory), help="strategies; all by default")
     parser.add_argument("--precision", nargs="+", choices=list(_PRECISIONS), default=list(_PRECISIONS))
+    parser.add_argument(
+        "--device",
+        choices=get_args(Device),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to train; the GPU where there is one, by default",
+    )
     parser.add_argument("--network_id", default="network_def", help="the config's id of the network")
     parser.add_argument("--loss_id", default="loss", help="the config's id of the loss")
     parser.add_argument(
@@ -321,7 +333,7 @@ def add_parser(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     a = arguments
     budget = parse_bytes(a.budget) if a.budget else None
-    step = TrainingStep(a.config_file, dict(read_override(text) for text in a.set), a.network_id, a.loss_id)
+    step = TrainingStep(a.config_file, dict(read_override(text) for text in a.set), a.network_id, a.loss_id, a.device)
     strategies = step.strategies if step.strategies == [None] else a.memory or step.strategies
     patches = [(side,) * len(step.patch) for side in a.patch] or [step.patch]
     if a.shape:
@@ -352,7 +364,10 @@ def _run(arguments: argparse.Namespace) -> None:
             lines.append(f"{step.overrides(filled[0])} --{a.network_id}#memory_budget {filled[1]}")
     print()
     print("In all: with parameters, gradients and Adam's averages. Operations: to those of `store` at the same patch.")
-    print("A GPU's convolutions and its context come on top.")
+    if step.device == "cuda":
+        print("The workspaces of a GPU's libraries and its context come on top.")
+    else:
+        print("With what a CPU's convolutions take while they run, which a GPU's do not (--device cuda).")
     if budget is not None:
         print()
         print(f"Fits in {a.budget}: {step.overrides(best)}" if best else f"Nothing fits in {a.budget}.")

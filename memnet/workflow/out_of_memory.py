@@ -63,11 +63,11 @@ def what_fits(config: Mapping[str, Any], budget: int | None = None) -> str:
     """
     is_training = "training" in config and "evaluating" not in config
     if is_training:
-        budget = _bytes_of(config.get("device")) if budget is None else budget
+        device = _device(config.get("device"))
+        budget = _bytes_of(device) if budget is None else budget
         try:
-            return _of_training(
-                TrainingStep(config), int(_SHARE * budget), "bfloat16" if config.get("amp") else "float32"
-            )
+            step = TrainingStep(config, device="cuda" if device.type == "cuda" else "cpu")
+            return _of_training(step, int(_SHARE * budget), "bfloat16" if config.get("amp") else "float32")
         except Exception:  # whatever a dry run stumbles on, the person is told the rest
             pass
     sizes = [f"--{name} (now {config[name]})" for name in _SIZES if config.get(name)]
@@ -96,10 +96,14 @@ def _of_training(step: TrainingStep, budget: int, precision: str) -> str:
     return f"{told}; it fits with {step.overrides(largest)} ({_gib(largest)})"
 
 
-def _bytes_of(device: Any) -> int:
-    name = device if isinstance(device, str) and not device.startswith("$") else None
-    if torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda":
-        return torch.cuda.get_device_properties(name or "cuda").total_memory
+def _device(named: Any) -> torch.device:
+    name = named if isinstance(named, str) and not named.startswith("$") else None
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _bytes_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -98,6 +98,17 @@ def test_inputs_of_two_types_are_cast():
     assert dry_run(make).peak == pytest.approx(peak_live_bytes(*make()), rel=0.01)
 
 
+def test_on_a_gpu_tensors_alone_are_counted():
+    def make():
+        x, y = torch.ones(1, 8, 20, 20, 20), torch.ones(1, 8, 20, 20, 20, dtype=torch.bfloat16)
+        weight = torch.ones(8, 8, 3, 3, 3)
+        return (lambda: (x * y, torch.conv3d(x, weight, padding=1))), []
+
+    each = 8 * 20**3 * 4
+    assert dry_run(make, "cuda").peak == 2 * each
+    assert dry_run(make).peak > 3 * each
+
+
 def test_the_dead_are_buried_before_they_count():
     """Many small operations between large ones that follow one another in the same memory."""
 

@@ -247,6 +247,17 @@ def test_command_prints_the_strategies(config, capsys):
     ]
 
 
+def test_command_says_what_it_leaves_out(config, capsys):
+    needs = []
+    for device, said in (("cpu", "With what a CPU's convolutions take"), ("cuda", "workspaces of a GPU's libraries")):
+        command = ["plan", "--config_file", str(config), "--memory", "invert", "--precision", "float32"]
+        assert main([*command, "--patch", "48", "--device", device]) == 0
+        printed = capsys.readouterr().out
+        assert said in printed
+        needs.append(float(printed.splitlines()[2].split("|")[5]))
+    assert needs[1] < needs[0]
+
+
 def test_command_prints_the_overrides_of_the_largest_patch(config, capsys):
     words = ["--budget", "60MiB", "--batch", "1", "--precision", "float32", "--memory", "invert"]
     assert main(["plan", "--config_file", str(config), *words]) == 0

@@ -167,6 +167,13 @@ def test_out_of_memory_names_a_strategy_that_fits(
     found = re.search(r"it fits with --patch_size \"\[16, 16, 16\]\" --memory (\w+)", told)
     assert found, told
     assert plans[found[1]].total <= budget < plans["store"].total
+    # a GPU's step is planned as such
+    planned: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(out_of_memory, "TrainingStep", lambda config, device: planned.append(device) or step)
+        for device in ("cuda:1", "cpu"):
+            what_fits({**step._content, "device": device}, 2**40)
+    assert planned == ["cuda", "cpu"]
     # where no strategy makes room for the patch, a smaller one
     config = {**step._content, **{key: value for key, value in SMALL_TRAINING.items() if "#" not in key}}
     config["patch_size"], config["network_def"] = [32, 32, 32], {**config["network_def"], "channels": 8, "n_levels": 2}
