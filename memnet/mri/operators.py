@@ -52,6 +52,7 @@ class SenseOperator:
         self.csm = csm
         self.mask = mask if mask.dtype == torch.bool else mask.to(csm.real.dtype)
         self.fft_dims = tuple(range(-fft_dims, 0))
+        self._sides = tuple(map(max, mask.shape[2:], csm.shape[2:]))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Map an image ``(B, *dims)`` to k-space ``(B, coils, *dims)``, both complex."""
@@ -66,13 +67,11 @@ class SenseOperator:
         return _Linear.apply(self._check(image, self.csm[:, 0]), self._normal, self._normal)
 
     def _check(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        coils = like.dim() - len(self.csm.shape[2:]) - 1  # 0 of an image, 1 of k-space
-        fits = x.dim() == like.dim() and x.shape[1 : 1 + coils] == like.shape[1 : 1 + coils]
-        shapes = zip(x.shape[1:], like.shape[1:], strict=False)
-        if not x.is_complex() or not fits or any(n not in (m, 1) for m, n in shapes):
-            raise ValueError(
-                f"expected a complex tensor of a shape like {tuple(like.shape)}, got {x.dtype}, {tuple(x.shape)}"
-            )
+        first = like.shape[: like.dim() - len(self._sides)]  # batch, and coils of k-space
+        expected = (*first, *self._sides)
+        fits = x.dim() == len(expected) and x.shape[1 : len(first)] == first[1:]
+        if not x.is_complex() or not fits or any(n not in (m, 1) for m, n in zip(x.shape, expected, strict=True)):
+            raise ValueError(f"expected a complex tensor of a shape like {expected}, got {x.dtype}, {tuple(x.shape)}")
         return x
 
     def _forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,30 @@ def test_an_image_of_another_shape_is_refused():
             operator.normal(torch.zeros(shape, dtype=torch.complex64))
 
 
+@pytest.mark.parametrize(
+    ("csm", "mask", "shape"),
+    [
+        ((3, 2, 4, 4), (3, 1, 4, 4), (1, 4, 4)),  # would be three images, the gradient of one
+        ((3, 2, 4, 4), (1, 1, 4, 4), (2, 4, 4)),
+        ((1, 2, 1, 4, 4), (1, 1, 5, 4, 4), (1, 1, 4, 4)),
+        ((1, 2, 1, 4, 4), (1, 1, 5, 4, 4), (1, 8, 4, 4)),
+    ],
+    ids=["one for three", "two for three", "a frame for five", "eight frames for five"],
+)
+def test_other_batches_and_frames_are_refused(csm, mask, shape):
+    operator = SenseOperator(torch.zeros(csm, dtype=torch.complex64), torch.ones(mask))
+    for apply, of in ((operator.normal, shape), (operator.adjoint, (shape[0], 2, *shape[1:]))):
+        with pytest.raises(ValueError, match=re.escape(f"got torch.complex64, {of}")):
+            apply(torch.zeros(of, dtype=torch.complex64))
+
+
+def test_maps_of_one_serve_a_batch():
+    operator = SenseOperator(torch.randn(1, 2, 4, 4, dtype=torch.complex64), torch.ones(1, 1, 4, 4))
+    images = torch.randn(3, 4, 4, dtype=torch.complex64)
+    one_by_one = torch.cat([operator.normal(image[None]) for image in images])
+    torch.testing.assert_close(operator.normal(images), one_by_one)
+
+
 @pytest.mark.parametrize("n_coils", [1, 3])
 def test_kspace_of_other_coils_is_refused(n_coils):
     for n_maps in {1, 2} - {n_coils}:
