@@ -72,6 +72,7 @@ def test_trains_evaluates_and_refines(n_blocks: int, subjects: Path, tmp_path: P
     outputs = {f"10030{i}_{kind}.nii.gz" for i in range(3) for kind in kinds}
     assert {p.name for p in refined.iterdir()} == {*outputs, "inference.html"}
     page = Page(refined / "inference.html")
+    assert page.column("input") == [f"10030{i}/T1w/Diffusion/data.nii.gz" for i in range(3)]
     assert page.column("tensors") == [f"10030{i}_tensor.nii.gz" for i in range(3)] and len(page.images) == 3
     assert all(0 < float(mean) < 2 for mean in page.column("mean MD [1e-3 mm2/s]"))
     assert nib.load(refined / "100300_md.nii.gz").shape == tuple(2 * n for n in SHAPE)

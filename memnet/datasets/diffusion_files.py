@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import zlib
@@ -33,6 +34,7 @@ __all__ = [
     "read_series",
     "read_tensors",
     "save_whole",
+    "source_of",
     "stem_of",
     "write_series",
     "write_tensors",
@@ -202,6 +204,12 @@ def read_tensors(
     if not (path.parent / RECORD).is_file():  # else they were counted when they were made
         count_negative(tensors, path)
     return tensors, affine
+
+
+def source_of(path: str | Path) -> str:
+    """Return the series that tensors were fitted to, where :func:`memnet.datasets.diffusion.prepare` did, or else their file."""
+    record = Path(path).with_name(RECORD)
+    return str(json.loads(record.read_text(encoding="utf-8"))["data"]) if record.is_file() else str(path)
 
 
 def write_tensors(path: str | Path, tensors: np.ndarray, affine: np.ndarray) -> None:

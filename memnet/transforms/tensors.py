@@ -18,7 +18,7 @@ from scipy import ndimage
 from torch.nn import functional
 
 from memnet.datasets.diffusion import prepare
-from memnet.datasets.diffusion_files import read_tensors
+from memnet.datasets.diffusion_files import read_tensors, source_of
 from memnet.diffusion.tensors import SYMMETRIC, complete_edge, rotate_tensors, rotation_of
 from memnet.metadata import plain_tensor
 from memnet.transforms.grids import grid_of, same_grid
@@ -131,7 +131,7 @@ class LoadTensorsd(MapTransform):
         tensors = rotate_tensors(apply_orientation(tensors, orientation), rotation_of(turned).T) / UNIT
         content = np.concatenate([tensors, apply_orientation(brain, orientation)[..., None]], -1, dtype=np.float32)
         values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(content, -1, 0)))
-        meta = {"filename_or_obj": str(path), "original_affine": affine, "space": "RAS"}
+        meta = {"filename_or_obj": source_of(path), "original_affine": affine, "space": "RAS"}
         return MetaTensor(values, affine=torch.from_numpy(turned), meta=meta)
 
 

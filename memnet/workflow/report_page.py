@@ -32,6 +32,7 @@ logger = logging.getLogger("memnet")
 Table = tuple[str, Sequence[str], Sequence[Sequence[str | float]]]
 """A caption, the columns' names and the rows."""
 
+_MOST_PARTS = 5  # of a path: data.nii.gz lies four folders deep in HCP's
 # a browser fetches nothing for this page, and runs nothing
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
@@ -90,7 +91,7 @@ class Report:
 class ReportPage:
     """Handler that writes a page about a run: numbers of all cases, pictures of the first ones, how it was made.
 
-    Only names of files and of folders directly above them are shown, apart from the command as it was typed.
+    Only names of files are shown, and as many of the folders above as tell them apart, apart from the command as it was typed.
 
     Args:
         file: the HTML file; complete or absent.
@@ -218,10 +219,9 @@ def _read(file: Path) -> list[list[str]]:
 
 
 def _short(paths: Sequence[str]) -> list[str]:
-    """Return the files' names, with their folder's, and then a number, where names alone do not tell them apart."""
-    names = [Path(path).name for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(Path(*Path(path).parts[-2:])) for path in paths]
+    """Return the files' names, with as many folders as tell most of them apart, and then a number."""
+    tails = [[str(Path(*Path(path).parts[-n:])) for path in paths] for n in range(1, _MOST_PARTS + 1)]
+    names = max(tails, key=lambda names: len(set(names)))  # the first of these
     seen: Counter[str] = Counter()
     for i, name in enumerate(names):
         seen[name] += 1

@@ -71,6 +71,12 @@ def test_cases_of_one_name_are_told_apart_and_folders_above_are_not_shown(tmp_pa
     assert page.column("input") == ["a/T1.nii", "b/T1.nii", "b/T1.nii (2)"] and "secret" not in page.text
 
 
+def test_names_take_no_more_folders_than_tell_them_apart(tmp_path: Path) -> None:
+    sources = [f"/home/secret/HCP/{subject}/T1w/Diffusion/data.nii.gz" for subject in (100307, 100408)]
+    page = Page(write(tmp_path, sources))
+    assert page.column("input") == [f"{subject}/T1w/Diffusion/data.nii.gz" for subject in (100307, 100408)]
+
+
 def test_a_picture_that_fails_costs_no_case(tmp_path: Path) -> None:
     page = Page(write(tmp_path, ["a.nii", "broken.nii", "c.nii", "d.nii"], most_pictures=3))
     assert page.column("input") == ["a.nii", "broken.nii", "c.nii", "d.nii"] and len(page.images) == 2
