@@ -72,7 +72,7 @@ def golden_ratio_lines(
     """Draw a k-t mask: in every frame the same number of lines, moved on from frame to frame by the golden ratio.
 
     The lines of a frame lie evenly in the cumulated density of sampling, which falls threefold from the centre of k-space to
-    its edge, so that all frames together cover it.
+    its edge. They move by the golden ratio of the interval between two, so that all frames together cover it.
 
     Args:
         n_frames: frames.
@@ -108,7 +108,7 @@ def golden_ratio_lines(
     n_drawn = n_taken - calibration
     offset = random.uniform()
     for frame in range(n_frames):
-        places = (np.arange(n_drawn) / n_drawn + (offset + frame * _GOLDEN_RATIO)) % 1
+        places = (np.arange(n_drawn) + (offset + frame * _GOLDEN_RATIO) % 1) / n_drawn
         for line in np.searchsorted(cumulated, places):
             free = np.flatnonzero(~mask[frame, others])
             mask[frame, others[free[np.abs(free - line).argmin()]]] = True

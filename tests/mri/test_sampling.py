@@ -47,6 +47,17 @@ def test_golden_ratio_lines_are_as_many_in_every_frame_and_all_together():
     assert lines[:, 20:44].mean() > 1.3 * lines[:, np.r_[:20, 44:64]].mean()
 
 
+@pytest.mark.parametrize(
+    ("n_lines", "n_drawn"), [(200, 21), (136, 13), (160, 16), (96, 8), (304, 34), (120, 11), (48, 5)]
+)
+def test_golden_ratio_lines_cover_kspace_whatever_their_number(n_lines, n_drawn):
+    lines = golden_ratio_lines(20, n_lines, n_lines / (n_drawn + 4), 4, random())
+    assert lines.any(0).mean() > 0.9
+    drawn = lines & ~lines.all(0)
+    repeated = (drawn[1:] & drawn[:-1]).sum() / drawn[1:].sum()
+    assert repeated < 0.1
+
+
 @pytest.mark.parametrize("draw", [lambda a: poisson_disc((16, 16), a, 6), lambda a: golden_ratio_lines(3, 16, a, 4)])
 @pytest.mark.parametrize("acceleration", [1.0 / 2, 12.0])
 def test_impossible_accelerations_are_refused(draw, acceleration):
