@@ -98,13 +98,28 @@ def test_reversed_and_asymmetric_readouts_find_their_place(raw: RawData, file: P
     np.testing.assert_array_equal(read_ismrmrd(file).kspace, expected)
 
 
-def test_readout_oversampling_is_removed(tmp_path: Path) -> None:
+def test_samples_to_discard_are_counted_as_they_were_acquired(raw: RawData, file: Path) -> None:
+    def change(rows: np.ndarray) -> None:
+        for i in range(len(rows)):
+            samples = rows["data"][i].view(np.complex64).reshape(3, 8)
+            rows["data"][i] = np.ascontiguousarray(samples[:, ::-1]).view(np.float32).ravel()
+        rows["head"]["center_sample"], rows["head"]["flags"] = 8 - 1 - 4, 1 << 21
+        rows["head"]["discard_pre"], rows["head"]["discard_post"] = 2, 1
+
+    edit(file, change)
+    expected = raw.kspace.copy()
+    expected[:, :, -2:] = expected[:, :, :1] = 0
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, expected)
+
+
+@pytest.mark.parametrize("recon_x", [8, 16, 32])  # the scanner may interpolate
+def test_readout_oversampling_is_removed(tmp_path: Path, recon_x: int) -> None:
     image = np.zeros((16, 4, 4), dtype=np.complex64)
     image[6:11, 1:3, 2] = 1
     kspace = np.fft.fftshift(np.fft.fftn(np.fft.ifftshift(image), norm="ortho"))[None, None]
     write_ismrmrd(tmp_path / "raw.h5", kspace, np.ones((1, 4, 4), bool), np.eye(4))
     recon = "<reconSpace><matrixSize><x>16</x><y>4</y><z>4</z></matrixSize><fieldOfView_mm><x>16.0</x>"
-    edit_xml(tmp_path / "raw.h5", recon, recon.replace("16", "8"))
+    edit_xml(tmp_path / "raw.h5", recon, recon.replace("<x>16<", f"<x>{recon_x}<").replace("16.0", "8.0"))
     raw = read_ismrmrd(tmp_path / "raw.h5")
     cropped = np.fft.fftshift(np.fft.ifftn(np.fft.ifftshift(raw.kspace[0, 0]), norm="ortho"))
     np.testing.assert_allclose(cropped, image[4:12], atol=1e-6)

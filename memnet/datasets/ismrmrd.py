@@ -145,7 +145,7 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
     check_samples(path, kspace, 1)
     calibration = _calibration(path, *reference, n_coils, encoding)
     wanted = round(matrix[0] * encoding.recon_fov_x / fov[0])
-    if encoding.recon_x < matrix[0] and 0 < wanted < matrix[0]:
+    if 0 < wanted < matrix[0]:
         kspace, fov[0] = crop_field_of_view(kspace, wanted, 2), encoding.recon_fov_x
         calibration = None if calibration is None else crop_field_of_view(calibration, wanted, 1)
     affine = _affine(path, heads[0], kspace.shape[2:], fov)
@@ -347,9 +347,10 @@ def _readout(path: Path, head: np.void, values: np.ndarray, n_coils: int, n: int
         samples = samples.copy()
         samples[:, [0, 1, 2, -1]] = 0
     centre = int(head["center_sample"]) or n_samples // 2  # 0 says nothing: no image begins at its centre
+    unused = int(head["discard_pre"]), int(head["discard_post"])  # as they were acquired
     if int(head["flags"]) & _REVERSED:
-        samples, centre = samples[:, ::-1], n_samples - 1 - centre
-    taken = slice(int(head["discard_pre"]), n_samples - int(head["discard_post"]))
+        samples, centre, unused = samples[:, ::-1], n_samples - 1 - centre, unused[::-1]
+    taken = slice(unused[0], n_samples - unused[1])
     start = n // 2 - centre + taken.start
     samples = samples[:, taken]
     # the centre of an even number of samples lies on either side of its middle, and reversal takes it to the other

@@ -35,11 +35,14 @@ def same_grid(a: Grid, b: Grid) -> bool:
     return bool(moved.max() <= 0.05 * np.linalg.norm(affine[:3, :3], axis=0).min())
 
 
-def require_one_grid(files: Sequence[tuple[str, Grid]]) -> None:
+def require_one_grid(
+    files: Sequence[tuple[str, Grid]], advice: str = "give --resample true if the two are aligned in space"
+) -> None:
     """Refuse files of different grids.
 
     Args:
         files: each file's name and grid.
+        advice: how the message ends.
 
     Raises:
         ValueError: naming a file whose grid is not that of most, and both grids.
@@ -48,8 +51,7 @@ def require_one_grid(files: Sequence[tuple[str, Grid]]) -> None:
     for name, grid in files:
         if not same_grid(grid, expected):
             raise ValueError(
-                f"{name}: its grid ({_words(grid)}) differs from that of {usual} ({_words(expected)}); "
-                "give --resample true if the two are aligned in space"
+                f"{name}: its grid ({_words(grid)}) differs from that of {usual} ({_words(expected)}); {advice}"
             )
 
 

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from memnet.datasets import existing_folder
+from memnet.transforms.grids import require_one_grid
 from memnet.transforms.labels import CSF, ROUNDING, TISSUES
 from memnet.whole_files import whole_file, write_table
 
@@ -23,6 +24,7 @@ __all__ = [
     "dice",
     "find_scored_cases",
     "read_labels",
+    "require_grid_of",
     "score_tissue",
     "segment_with_bundle",
     "write_scores",
@@ -97,13 +99,15 @@ def score_tissue(
         The rows of the CSV file.
 
     Raises:
-        ValueError: if files are missing or a prediction is not on its volume's grid.
+        ValueError: if files are missing, or a volume's reference or mask is not on its grid.
 
     References:
         Segmentation of brain MR images through a hidden Markov random field model and the expectation-maximization
         algorithm (Zhang et al., 2001), https://doi.org/10.1109/42.906424
     """
     cases = find_scored_cases(dataset_dir, subjects)
+    for case in cases.values():
+        require_grid_of(list(case.values()))
     images = ({"image": str(case["image"])} for case in cases.values())
     methods = {Path(bundle).resolve().name: segment_with_bundle(images, bundle, **overrides)}
     if hmrf:
@@ -178,6 +182,17 @@ def segment_with_bundle(
             finally:
                 logger.setLevel(level)
             yield read_labels(next(Path(folder).glob("*.nii.gz")))
+
+
+def require_grid_of(files: Sequence[str | Path]) -> None:
+    """Refuse a case whose files are not voxel by voxel of the same places.
+
+    Raises:
+        ValueError: see :func:`memnet.transforms.grids.require_one_grid`.
+    """
+    images = [(str(file), nib.load(file)) for file in files]
+    grids = [(name, (tuple(image.shape[:3]), np.asarray(image.affine))) for name, image in images]
+    require_one_grid(grids, "scores are of voxels")
 
 
 def read_labels(file: str | Path) -> np.ndarray:

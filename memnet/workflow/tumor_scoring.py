@@ -10,12 +10,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from monai.data import MetaTensor
 
 from memnet.datasets import existing_folder
 from memnet.datasets.brats import find_brats
-from memnet.transforms.labels import ENHANCING, LABEL_MAPS, NECROTIC, OEDEMA
+from memnet.transforms.labels import ENHANCING, NECROTIC, OEDEMA, MapLabelsd
 from memnet.workflow.metrics import BoundedHausdorff
-from memnet.workflow.scoring import dice, read_labels, segment_with_bundle, write_scores
+from memnet.workflow.scoring import dice, read_labels, require_grid_of, segment_with_bundle, write_scores
 
 __all__ = ["REGIONS", "add_parser", "find_scored_tumors", "region_scores", "score_tumor"]
 
@@ -29,7 +30,9 @@ _TWO_LABEL = "OTMultiClass.nii.gz"
 Case = dict[str, Any]
 
 
-def find_scored_tumors(dataset_dir: str | Path, subjects: Sequence[str] = ()) -> dict[str, Case]:
+def find_scored_tumors(
+    dataset_dir: str | Path, subjects: Sequence[str] = (), label_map: str | None = None
+) -> dict[str, Case]:
     """Find cases with reference labels: a BraTS folder, or one of two-modality cases of BraTS 2015.
 
     Args:
@@ -37,6 +40,8 @@ def find_scored_tumors(dataset_dir: str | Path, subjects: Sequence[str] = ()) ->
             two folders down, of ``T1c_subtrMeanDivStd.nii.gz``, ``Flair_subtrMeanDivStd.nii.gz`` and
             ``OTMultiClass.nii.gz``.
         subjects: the cases' names, in the order wanted; all if empty.
+        label_map: what the references' values mean, one of :data:`memnet.transforms.labels.LABEL_MAPS`; ``brats``, and of
+            two-modality cases ``brats2015``, if ``None``.
 
     Returns:
         ``{name: {"files": {"t1c": file, ...}, "label": file, "label_map": name}}``, modalities that are missing left out.
@@ -50,11 +55,12 @@ def find_scored_tumors(dataset_dir: str | Path, subjects: Sequence[str] = ()) ->
     if labels:
         for label in labels:
             files = {modality: label.with_name(name) for modality, name in _TWO.items()}
-            cases[label.parent.name] = {"files": files, "label": label, "label_map": "brats2015"}
+            cases[label.parent.name] = {"files": files, "label": label, "label_map": label_map or "brats2015"}
     else:
         for case in find_brats(folder, allow_missing=True):
             files = {m: Path(f) for m, f in zip(_MODALITIES, case["image"], strict=True) if f is not None}
-            cases[Path(case["label"]).parent.name] = {"files": files, "label": case["label"], "label_map": "brats"}
+            name, label = Path(case["label"]).parent.name, case["label"]
+            cases[name] = {"files": files, "label": label, "label_map": label_map or "brats"}
     unknown = [name for name in subjects if name not in cases]
     if unknown:
         raise ValueError(f"{folder}: holds no case {', '.join(unknown)}; it has {', '.join(cases)}")
@@ -94,6 +100,7 @@ def score_tumor(
     output_dir: str | Path,
     subjects: Sequence[str] = (),
     seen: Sequence[str] = (),
+    label_map: str | None = None,
     **overrides: Any,
 ) -> list[dict[str, Any]]:
     """Segment every case with the bundle and write the table of its scores.
@@ -104,16 +111,19 @@ def score_tumor(
         output_dir: gets ``scores.csv`` (a row for each case and region) and ``scores.md``.
         subjects: which cases; all if empty.
         seen: cases that a choice was made on; their mean is given apart from that of the others.
+        label_map: see :func:`find_scored_tumors`.
         overrides: overrides of the bundle's ``inference.json``, such as ``ckpt_path``.
 
     Returns:
         The rows of the CSV file.
 
     Raises:
-        ValueError: if files are missing, labels are unknown, voxels are not of 1 mm, or a prediction is not on its case's
-            grid.
+        ValueError: if files are missing, labels are unknown or contradict each other, voxels are not of 1 mm, or a reference
+            is not on its case's grid.
     """
-    cases = find_scored_tumors(dataset_dir, subjects)
+    cases = find_scored_tumors(dataset_dir, subjects, label_map)
+    for case in cases.values():
+        require_grid_of([*case["files"].values(), case["label"]])
     unknown = sorted(set(seen) - set(cases))
     if unknown:
         raise ValueError(f"seen names {', '.join(unknown)}, which are not among the cases {', '.join(cases)}")
@@ -143,6 +153,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output_dir", default="scores", help="folder of scores.csv and scores.md")
     parser.add_argument("--subjects", nargs="*", default=[], help="which cases; all by default")
     parser.add_argument("--seen", nargs="*", default=[], help="cases that choices were made on, given apart")
+    parser.add_argument(
+        "--label_map",
+        choices=["brats", "brats2015", "brats2024"],
+        help="what the references' values mean: 4 is enhancing tumour, or with brats2024 the cavity after treatment; brats by "
+        "default, of two-modality cases brats2015",
+    )
     parser.add_argument("--ckpt_path", help="weights other than the bundle's own")
     parser.set_defaults(function=_run)
 
@@ -150,18 +166,14 @@ def add_parser(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     overrides = {"ckpt_path": str(Path(arguments.ckpt_path).absolute())} if arguments.ckpt_path else {}
     a = arguments
-    score_tumor(a.dataset_dir, a.bundle, a.output_dir, a.subjects, a.seen, **overrides)
+    score_tumor(a.dataset_dir, a.bundle, a.output_dir, a.subjects, a.seen, a.label_map, **overrides)
     print((Path(a.output_dir) / "scores.md").read_text(encoding="utf-8"))
 
 
 def _classes(labels: np.ndarray, label_map: str, source: Any) -> np.ndarray:
-    known = LABEL_MAPS[label_map]
-    unknown = sorted(set(np.unique(labels).tolist()) - set(known))
-    if unknown:
-        raise ValueError(f"{source}: holds label values that {label_map} does not know: {unknown}")
-    table = np.zeros(256, np.uint8)
-    table[list(known)] = list(known.values())
-    return table[labels]
+    named = MetaTensor(torch.from_numpy(labels)[None], meta={"filename_or_obj": str(source)})
+    mapped = MapLabelsd("label", label_map)({"label": named})["label"]
+    return mapped[0].numpy()
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

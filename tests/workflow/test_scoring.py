@@ -90,6 +90,16 @@ def test_a_prediction_on_another_grid_is_refused(folder, tmp_path, monkeypatch):
         score_tissue(folder, "some_bundle", tmp_path / "out", hmrf=False)
 
 
+@pytest.mark.parametrize("kind", ["classified", "mask"])
+def test_a_reference_on_another_grid_is_refused(folder, tmp_path, kind):
+    flipped = np.diag([-1.0, 1, 1, 1])
+    flipped[0, 3] = 3
+    file = folder / f"02_{kind}.nii.gz"
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(file).dataobj)[::-1], flipped), file)
+    with pytest.raises(ValueError, match=rf"02_{kind}.nii.gz: its grid .*scores are of voxels"):
+        score_tissue(folder, "some_bundle", tmp_path / "out", hmrf=False)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16])
 def test_labels_that_a_file_scales_are_read_as_they_were(dtype, tmp_path):
     labels = np.arange(4, dtype=np.float32).repeat(16).reshape(4, 4, 4)

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from memnet.cli import main
 from memnet.workflow import tumor_scoring
 from memnet.workflow.tumor_scoring import find_scored_tumors, region_scores, score_tumor
 
@@ -108,11 +109,36 @@ def test_what_cannot_be_scored_is_named(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"pat1.*\(2, 2, 2\)"):
         score_tumor(folder, "some_bundle", tmp_path / "out")
     segmenting(monkeypatch, np.full(SHAPE, 9, np.uint8))
-    with pytest.raises(ValueError, match=r"pat1: holds label values that brats does not know: \[9\]"):
+    with pytest.raises(ValueError, match=r"pat1: holds label values that the map does not know: 9"):
         score_tumor(folder, "some_bundle", tmp_path / "out")
-    nib.save(nib.Nifti1Image(tumour(), np.diag([2.0, 1, 1, 1])), folder / "train" / "pat1" / "OTMultiClass.nii.gz")
+    case = folder / "train" / "pat1"
+    flipped = np.diag([-1.0, 1, 1, 1])
+    flipped[0, 3] = SHAPE[0] - 1  # the same places, the other way round
+    nib.save(nib.Nifti1Image(tumour()[::-1], flipped), case / "OTMultiClass.nii.gz")
+    with pytest.raises(ValueError, match=r"OTMultiClass.nii.gz: its grid .*LAS.* differs .*scores are of voxels"):
+        score_tumor(folder, "some_bundle", tmp_path / "out")
+    for file in case.iterdir():
+        nib.save(nib.Nifti1Image(tumour(), np.diag([2.0, 1, 1, 1])), file)
     with pytest.raises(ValueError, match=r"pat1.*2.*expected 1 mm"):
         score_tumor(folder, "some_bundle", tmp_path / "out")
     (folder / "test" / "pat2" / "T1c_subtrMeanDivStd.nii.gz").unlink()
     with pytest.raises(ValueError, match="pat2.*no such file"):
         find_scored_tumors(folder)
+
+
+def test_a_resection_cavity_is_no_enhancing_tumour(tmp_path, monkeypatch):
+    treated = tumour()
+    treated[treated == 4] = 9
+    treated[treated == 3] = 4  # the cavity
+    treated[treated == 9] = 3
+    case = tmp_path / "data" / "BraTS-GLI-00001-000"
+    case.mkdir(parents=True)
+    for ending, content in (("t1n", np.ones(SHAPE, np.float32)), ("seg", treated)):
+        nib.save(nib.Nifti1Image(content, np.eye(4)), case / f"{case.name}-{ending}.nii.gz")
+    segmenting(monkeypatch, np.where(treated == 4, 0, treated))
+    with pytest.raises(ValueError, match="values 3 and 4 together; is it a .*--label_map brats2024"):
+        score_tumor(tmp_path / "data", "some_bundle", tmp_path / "out")
+    command = ["score-tumor", "--dataset_dir", str(tmp_path / "data"), "--label_map", "brats2024"]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 0
+    with open(tmp_path / "out" / "scores.csv", encoding="utf-8") as file:
+        assert [(row["dice"], row["hd95"]) for row in csv.DictReader(file)] == [("1.0", "0.0")] * 3
