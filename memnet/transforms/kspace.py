@@ -44,7 +44,8 @@ logger = logging.getLogger("memnet")
 
 Data = Mapping[Hashable, Any]
 
-_LEAST_SAMPLED = 0.7  # of a reference: an ellipse takes 0.785 of its rectangle
+# of a reference: an ellipse takes 0.785 of its rectangle
+_LEAST_SAMPLED, _LEAST_FILLED, _LEAST_BALANCED = 0.7, 0.97, 0.9
 
 
 class LoadKspaced(MapTransform):
@@ -234,17 +235,32 @@ class EstimateMapsd(Transform):
 class CombineCoilsd(Transform):
     """Add ``label``, the image of fully sampled k-space and its coil maps, to train on or to compare with.
 
+    K-space that goes farther to one side than to the other, as partial Fourier's, makes a blurred reference; it is told once a
+    file.
+
     Raises:
-        ValueError: more is missing than the corners, naming the file.
+        ValueError: more is missing than the corners beyond an ellipse, naming the file.
     """
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         """Add ``label`` float32 ``(2, slices or frames, y, z)``, real and imaginary part."""
         d = dict(data)
         share = float(d["mask"].float().mean())
-        if share < _LEAST_SAMPLED:
-            raise ValueError(
-                f"{_file(d)}: {100 * share:.0f} % of k-space is sampled; a reference needs fully sampled data"
+        filled, shorter = _extent(d["mask"][0].bool().all(0))
+        if share < _LEAST_SAMPLED or filled < _LEAST_FILLED:
+            part = (
+                f"{100 * share:.0f} % of k-space" if share < _LEAST_SAMPLED else f"{100 * filled:.0f} % of its ellipse"
+            )
+            raise ValueError(f"{_file(d)}: {part} is sampled; a reference needs fully sampled data")
+        if shorter < _LEAST_BALANCED and _file(d) not in self._told:
+            self._told.add(_file(d))
+            logger.warning(
+                "%s: k-space reaches %.0f %% as far to one side as to the other; the reference is blurred",
+                _file(d),
+                100 * shorter,
             )
         image = SenseOperator(d["csm"][None], d["mask"][None]).adjoint(plain_tensor(d["kspace"])[None])
         d["label"] = with_meta_of(torch.view_as_real(image[0]).movedim(-1, 0).contiguous(), d["kspace"])
@@ -413,6 +429,23 @@ def _fitting(d: Data, mask: torch.Tensor) -> torch.Tensor:
             f"mask of {expected}, or of 1 along dimensions that share it"
         )
     return mask
+
+
+def _extent(sampled: torch.Tensor) -> tuple[float, float]:
+    """Return how much was sampled of the ellipse that reaches as far as the samples, and how far the shorter side reaches."""
+    distance, shorter = torch.zeros(sampled.shape), 1.0
+    for axis, n in enumerate(sampled.shape):
+        places = sampled.any(1 - axis).nonzero().flatten() - n // 2
+        if n == 1 or not len(places):
+            continue
+        reach = -int(places[0]), int(places[-1]) + (n + 1) % 2  # of an even number the last is one nearer
+        shorter = min(shorter, max(0, min(reach)) / max(reach))
+        offsets = torch.arange(n) - n // 2
+        beyond = (offsets < places[0]) | (offsets > places[-1])
+        square = (offsets / max(reach)).square() + 2 * beyond
+        distance += square.view(-1, 1) if axis == 0 else square
+    inside = distance <= 1
+    return float(sampled[inside].float().mean()), shorter
 
 
 def _file(d: Data) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import phantom
 from monai.apps.reconstruction.transforms.array import KspaceMask
+from monai.data import MetaTensor
 from monai.transforms import Transform
 
 from memnet.datasets.ismrmrd import write_ismrmrd
@@ -257,6 +258,40 @@ def test_a_reference_must_be_fully_sampled(volume: Path) -> None:
     data = RandUndersampled(PoissonDiscMask([2.0], 8), seed=0)(LoadKspaced("image")({"image": str(volume)}))
     with pytest.raises(ValueError, match="t1.nii.gz: 50 % of k-space is sampled"):
         CombineCoilsd()(EstimateMapsd(8, 5)(data))
+
+
+def _reference(mask: torch.Tensor) -> dict[Any, Any]:
+    shape = (2, 3, *mask.shape[2:])
+    kspace = MetaTensor(torch.randn(shape, dtype=torch.complex64), meta={"filename_or_obj": "scan.h5"})
+    return CombineCoilsd()({"kspace": kspace, "csm": torch.ones(shape, dtype=torch.complex64), "mask": mask})
+
+
+def test_a_reference_may_lack_corners_and_borders_alone(caplog: pytest.LogCaptureFixture) -> None:
+    y, z = (torch.arange(n) - n // 2 for n in (31, 40))
+    ellipse = (y[:, None] / 15.5) ** 2 + (z / 20) ** 2 <= 1
+    padded = torch.zeros(31, 40, dtype=torch.bool)
+    padded[2:29, 3:38] = True
+    for mask in (ellipse, padded, torch.ones(31, 40, dtype=torch.bool), torch.ones(1, 40, dtype=torch.bool)):
+        _reference(mask[None, None])
+    assert not caplog.records
+    generator = torch.Generator().manual_seed(0)
+    scattered = torch.rand(31, 40, generator=generator) < 0.75
+    frames = torch.ones(1, 3, 1, 40, dtype=torch.bool)
+    frames[0, 1, 0, 5::8] = False
+    for mask in (scattered[None, None], frames):
+        with pytest.raises(ValueError, match=r"scan.h5: \d+ % of its ellipse is sampled"):
+            _reference(mask)
+
+
+def test_a_reference_of_partial_fourier_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    combine, half = CombineCoilsd(), torch.ones(1, 1, 32, 40, dtype=torch.bool)
+    half[..., :10] = False  # 6/8
+    kspace = MetaTensor(torch.randn(2, 1, 32, 40, dtype=torch.complex64), meta={"filename_or_obj": "scan.h5"})
+    for _ in range(2):
+        combine({"kspace": kspace, "csm": torch.ones(2, 1, 32, 40, dtype=torch.complex64), "mask": half})
+    assert [record.getMessage() for record in caplog.records] == [
+        "scan.h5: k-space reaches 50 % as far to one side as to the other; the reference is blurred"
+    ]
 
 
 def test_missing_reference_lines_are_named(volume: Path) -> None:
