@@ -134,18 +134,39 @@ class OrthogonalMixing(nn.Module):
 
 @contextmanager
 def _float32_products() -> Iterator[None]:
-    """Take float32 products in float32, whatever PyTorch was told to do with them."""
-    lowered: list[tuple[Any, str]] = []
-    if not torch.compiler.is_compiling():
-        backends: list[Any] = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
-        lowered = [(b, b.fp32_precision) for b in backends if b.fp32_precision not in ("ieee", "none")]
+    """Take float32 products in float32, whatever PyTorch was told to do with them.
+
+    What ``torch.set_float32_matmul_precision`` has lowered is raised and lowered by it again, since PyTorch's own checks of that
+    setting fail as long as it disagrees with the newer ones.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    told = _told_precision()
+    backends: list[Any] = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
+    lowered = [(b, b.fp32_precision) for b in backends if b.fp32_precision not in ("ieee", "none")]
     try:
-        for backend, _ in lowered:
-            backend.fp32_precision = "ieee"
+        if told is not None:
+            torch.set_float32_matmul_precision("highest")
+        else:
+            for backend, _ in lowered:
+                backend.fp32_precision = "ieee"
         yield
     finally:
-        for backend, precision in lowered:
-            backend.fp32_precision = precision
+        if told is not None:
+            torch.set_float32_matmul_precision(told)
+        else:
+            for backend, precision in lowered:
+                backend.fp32_precision = precision
+
+
+def _told_precision() -> str | None:
+    """Return what ``torch.set_float32_matmul_precision`` lowered float32 products to, if it did."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer settings were used
+        return None
+    return None if precision == "highest" else precision
 
 
 class _Resampling(Invertible):

@@ -165,3 +165,20 @@ def test_bundle_root_does_not_depend_on_the_working_directory(
         workflow = ConfigWorkflow(config_file=config, workflow_type="inference", logging_file=False)
         workflow.initialize()
         assert Path(workflow.bundle_root) == bundle.resolve()
+
+
+@bundles
+def test_one_process_of_several_reports_and_all_restore(bundle: Path) -> None:
+    config, of_several = (
+        json.loads((bundle / "configs" / f"{name}.json").read_text()) for name in ("train", "multi_gpu_train")
+    )
+    quiet: dict[str, set[int]] = {"train": set(), "validate": set()}
+    for key, value in of_several.items():
+        if key.endswith("#_disabled_"):
+            part, _, index, _ = key.split("#")
+            assert value == "$dist.get_rank() > 0"
+            quiet[part].add(int(index))
+    for part, indices in quiet.items():
+        targets = [handler["_target_"].rsplit(".")[-1] for handler in config[part]["handlers"]]
+        reporting = ("StatsHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler", "TrainingProgress")
+        assert indices == {i for i, target in enumerate(targets) if target in reporting}, (part, targets)

@@ -15,7 +15,8 @@ from memnet.datasets.bart import write_cfl
 from memnet.datasets.ismrmrd import write_ismrmrd
 from memnet.datasets.raw_data import read_raw_data
 from memnet.mri.fourier import image_to_kspace, kspace_to_image
-from memnet.transforms.kspace import LoadKspaced
+from memnet.mri.sampling import PoissonDiscMask
+from memnet.transforms.kspace import LoadKspaced, RandUndersampled
 
 _HEADER = """<ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD"><encoding>
 <encodedSpace><matrixSize><x>16</x><y>9</y><z>1</z></matrixSize>
@@ -59,6 +60,16 @@ def test_fastmri_is_a_stack_of_slices_without_oversampling(tmp_path: Path) -> No
     assert raw.sampled.shape == (1, 8, 9) and (raw.sampled == (np.arange(9) != 4)).all()
     np.testing.assert_allclose(np.abs(np.diag(raw.affine)), [4.5, 3, 2, 1])
     np.testing.assert_allclose(raw.affine @ [1, 4, 4, 1], [0, 0, 0, 1])
+
+
+def test_scattered_samples_of_slices_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fastmri(tmp_path / "in.h5", noise(3, 2, 32, 24))
+    undersample = RandUndersampled(PoissonDiscMask([2.0], 4), seed=0)
+    caplog.clear()
+    for _ in range(2):
+        undersample(LoadKspaced("image")({"image": str(tmp_path / "in.h5")}))
+    (told,) = (record.getMessage() for record in caplog.records if "slices of a 2D scan" in record.getMessage())
+    assert told.startswith(str(tmp_path / "in.h5"))
 
 
 @pytest.mark.parametrize("shape", [(9,), (1, 9, 1)])

@@ -109,6 +109,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function is torch.ops.aten.bmm.default:
+            torch.backends.cuda.matmul.allow_tf32  # noqa: B018
             self.found.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
         return function(*arguments, **(keywords or {}))
 
@@ -123,11 +124,27 @@ def precision():
 def test_mixing_is_full_precision_where_lower_ones_are_allowed(allowed, precision):
     precision(allowed)
     mixing, x = OrthogonalMixing(3, 8), torch.randn(2, 24, 5)
-    with _Products() as products:
+    with _Products() as products:  # whose look at the older setting fails where the newer ones disagree with it
         y = mixing(x)
         mixing.inverse(y.detach())
     assert products.found == {("ieee", "ieee")}
     assert torch.get_float32_matmul_precision() == allowed
+
+
+def test_mixing_is_full_precision_where_the_newer_setting_lowers_it(precision):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    mixing, x = OrthogonalMixing(3, 8), torch.randn(2, 24, 5)
+    found = []
+    original = OrthogonalMixing.multiply
+
+    class Seen(OrthogonalMixing):
+        def multiply(self, x, transposed):
+            found.append(torch.backends.cuda.matmul.fp32_precision)
+            return original(self, x, transposed)
+
+    mixing.__class__ = Seen
+    mixing(x)
+    assert found == ["ieee"] and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @pytest.mark.parametrize("learned", [True, False])

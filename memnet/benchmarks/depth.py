@@ -228,6 +228,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _forward_and_backward(state: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor], chain: Chain) -> None:
-    for tensor in (*state, *chain.parameters()):
-        tensor.grad = None
     torch.autograd.backward(chain(*state), upstream)
+    for tensor in state:
+        tensor.grad = None  # now, so that none is alive where the next step's memory begins to count

@@ -28,8 +28,8 @@ def find_brats(dataset_dir: str | Path, allow_missing: bool = False) -> list[Cas
 
     A case is a folder with files of its own name: ``BraTS20_Training_NNN/BraTS20_Training_NNN_{t1,t1ce,t2,flair,seg}``
     (2018 to 2021 likewise) or ``BraTS-GLI-NNNNN-NNN/BraTS-GLI-NNNNN-NNN-{t1n,t1c,t2w,t2f,seg}`` (from 2023 on, other
-    tumours likewise), ``.nii.gz`` or ``.nii``, in capitals or not. Case folders may lie up to three folders down. A case
-    without labels, such as those for validation, is left out with a warning.
+    tumours likewise, whose labels may mean something else), ``.nii.gz`` or ``.nii``, in capitals or not. Case folders may
+    lie up to three folders down. A case without labels, such as those for validation, is left out with a warning.
 
     Args:
         dataset_dir: the folder that holds the cases' folders.

@@ -43,16 +43,16 @@ def find_series(dataset_dir: str | Path) -> list[Case]:
 
     Args:
         dataset_dir: HCP's layout (``<subject>/T1w/Diffusion/data.nii.gz``, or ``Diffusion_7T``, or one such subject), BIDS
-            (``sub-*/[ses-*/]dwi/*_dwi.nii.gz``, also below ``derivatives``), a folder of series with their bvals and bvecs
-            beside them, or one of such folders. Series of fewer than six weighted images, such as those of the reversed phase
-            encoding, and phase images are left out with a warning.
+            (``sub-*/[ses-*/]dwi/*_dwi.nii.gz``, or else of the one pipeline in ``derivatives``), a folder of series with their
+            bvals and bvecs beside them, or one of such folders. Series of fewer than six weighted images, such as those of the
+            reversed phase encoding, and phase images are left out with a warning.
 
     Returns:
         ``{"subject": name, "data": file}`` of each, in the order of their names; in BIDS, where a subject may have several, with
         the ``patient`` it is of.
 
     Raises:
-        ValueError: nothing is found.
+        ValueError: nothing is found, or the series of several pipelines.
     """
     folder = existing_folder(dataset_dir, "diffusion series in HCP's or BIDS layout")
     for hcp in _HCP:
@@ -60,11 +60,7 @@ def find_series(dataset_dir: str | Path) -> list[Case]:
             return [{"subject": folder.resolve().name, "data": str(folder / hcp)}]
         if found := [{"subject": file.parents[2].name, "data": str(file)} for file in sorted(folder.glob(f"*/{hcp}"))]:
             return found
-    bids = sorted({*folder.glob("sub-*/dwi/*_dwi.nii*"), *folder.glob("sub-*/ses-*/dwi/*_dwi.nii*")})
-    found = [
-        {"subject": stem_of(file).removesuffix("_dwi"), "data": str(file), "patient": file.relative_to(folder).parts[0]}
-        for file in bids
-    ]
+    found = _bids(folder, "sub-*") or _bids(folder, "*/sub-*") or _bids(folder, "derivatives/*/sub-*")
     if not found:
         found = [{"subject": stem_of(file), "data": str(file)} for file in _with_bvals(folder.glob("*.nii*"))]
     if not found:
@@ -87,6 +83,21 @@ def find_series(dataset_dir: str | Path) -> list[Case]:
     for one in (one for one in found if whole and one not in whole):
         logger.warning("%s: left out, it has fewer than six weighted images or is one of phases", one["data"])
     return whole or found
+
+
+def _bids(folder: Path, subjects: str) -> list[Case]:
+    """Return the series of a BIDS data set whose subjects' folders have such names."""
+    found: list[Case] = []
+    pipelines: set[Path] = set()
+    for subject in sorted(folder.glob(subjects)):
+        for file in sorted({*subject.glob("dwi/*_dwi.nii*"), *subject.glob("ses-*/dwi/*_dwi.nii*")}):
+            found.append({"subject": stem_of(file).removesuffix("_dwi"), "data": str(file), "patient": subject.name})
+            pipelines.add(subject.parent)
+    if len(pipelines) > 1:
+        raise ValueError(
+            f"{folder}: has series of several pipelines; name one of {', '.join(map(str, sorted(pipelines)))}"
+        )
+    return found
 
 
 def _with_bvals(files: Iterable[Path]) -> list[Path]:

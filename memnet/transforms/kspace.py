@@ -21,6 +21,7 @@ from memnet.metadata import plain_tensor, with_meta_of
 from memnet.mri.coils import calibration_region, compress_coils, espirit_maps
 from memnet.mri.fourier import kspace_to_image
 from memnet.mri.operators import SenseOperator
+from memnet.mri.sampling import PoissonDiscMask
 from memnet.mri.simulated_scans import simulate_movie, simulate_volume
 from memnet.nets.packed import pack
 from memnet.transforms.modalities import require_real_numbers
@@ -86,20 +87,21 @@ class LoadKspaced(MapTransform):
         a movie.
         """
         d = dict(data)
-        path, slice_index = Path(d[self.first_key(d)]), d.get("slice_index")
+        path, slice_index, is_stack = Path(d[self.first_key(d)]), d.get("slice_index"), False
         if path.name.endswith((".nii", ".nii.gz")):
             kspace, mask, affine = self._simulate(path, slice_index)
         else:
-            kspace, mask, affine, calibration = self._read(path, slice_index)
+            kspace, mask, affine, calibration, is_stack = self._read(path, slice_index)
             if calibration is not None:
                 d["calibration"] = calibration
-        d["kspace"] = MetaTensor(kspace, torch.from_numpy(affine), meta={"filename_or_obj": str(path)})
+        meta = {"filename_or_obj": str(path), "is_stack": is_stack}  # slices encoded one by one
+        d["kspace"] = MetaTensor(kspace, torch.from_numpy(affine), meta=meta)
         d["mask"] = mask
         return d
 
     def _read(
         self, path: Path, slice_index: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, torch.Tensor | None, bool]:
         raw = read_raw_data(path, slice_index)
         kspace, sampled = torch.from_numpy(raw.kspace), torch.from_numpy(raw.sampled)
         n_frames, n_z = kspace.shape[0], kspace.shape[4]
@@ -112,10 +114,11 @@ class LoadKspaced(MapTransform):
         calibration = None if raw.calibration is None else torch.from_numpy(raw.calibration)
         if self.movie:
             calibration = None if calibration is None else calibration[:, None, :, :, 0]
-            return kspace[..., 0].movedim(0, 1).contiguous(), sampled[None, :, None, :, 0], raw.affine, calibration
+            movie = kspace[..., 0].movedim(0, 1).contiguous()
+            return movie, sampled[None, :, None, :, 0], raw.affine, calibration, False
         volume = kspace[0] if raw.is_stack else kspace_to_image(kspace[0], (1,))
         calibration = None if calibration is None else kspace_to_image(calibration, (1,))
-        return volume, sampled[0][None, None], raw.affine, calibration
+        return volume, sampled[0][None, None], raw.affine, calibration, raw.is_stack
 
     def _simulate(self, path: Path, slice_index: int | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         if not path.is_file():
@@ -335,6 +338,7 @@ class RandUndersampled(RandomizableTransform):
     def __init__(self, mask: KspaceMask, seed: int | None = None) -> None:
         RandomizableTransform.__init__(self, 1.0)
         self.mask, self.seed = mask, seed
+        self._has_told = False
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         """Return the data with less of ``kspace`` and with the new ``mask``.
@@ -343,6 +347,13 @@ class RandUndersampled(RandomizableTransform):
             ValueError: the mask cannot be drawn for a file of this size or is of another, naming it.
         """
         d = dict(data)
+        if d["kspace"].meta.get("is_stack") and isinstance(self.mask, PoissonDiscMask) and not self._has_told:
+            self._has_told = True
+            logger.warning(
+                "%s: slices of a 2D scan, whose readout lies in the slice; a Poisson disc leaves out parts of each readout, which "
+                "no scan does",
+                _file(d),
+            )
         # one draw of the transform's own generator seeds the mask, so that MONAI's way of seeding reaches it
         self.mask.set_random_state(seed=int(self.R.randint(2**31)) if self.seed is None else self.seed)
         try:

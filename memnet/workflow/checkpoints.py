@@ -172,6 +172,8 @@ class TrainingCheckpoint:
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _start(self, engine: Engine) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()  # others may still read weights that are put aside below
         if _rank() == 0:
             self.last.parent.mkdir(parents=True, exist_ok=True)
             _claim(self.last.parent)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from memnet.accounting.planner import Plan, TrainingStep, largest_patch
+from memnet.workflow.inferers import supports_bfloat16
 
 __all__ = ["is_out_of_memory", "what_fits"]
 
@@ -42,13 +43,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_nearly_full() -> bool:
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return False
+    try:
+        free, total = torch.cuda.mem_get_info()  # of the device that is used: a look at another would take memory there
+    except RuntimeError:
         return False
     # of what the allocator keeps for itself only a part could be given out, in pieces that may be too small
-    return any(
-        free < _NEARLY_FULL * total
-        for free, total in (torch.cuda.mem_get_info(place) for place in range(torch.cuda.device_count()))
-    )
+    return free < _NEARLY_FULL * total
 
 
 def what_fits(config: Mapping[str, Any], budget: int | None = None) -> str:
@@ -67,7 +69,8 @@ def what_fits(config: Mapping[str, Any], budget: int | None = None) -> str:
         budget = _bytes_of(device) if budget is None else budget
         try:
             step = TrainingStep(config, device="cuda" if device.type == "cuda" else "cpu")
-            return _of_training(step, int(_SHARE * budget), "bfloat16" if config.get("amp") else "float32")
+            halves = config.get("amp") and (device.type == "cpu" or supports_bfloat16(device))  # as bfloat16_autocast
+            return _of_training(step, int(_SHARE * budget), "bfloat16" if halves else "float32")
         except Exception:  # whatever a dry run stumbles on, the person is told the rest
             pass
     sizes = [f"--{name} (now {config[name]})" for name in _SIZES if config.get(name)]

@@ -223,6 +223,16 @@ def test_layouts_are_found(tmp_path):
     write_series(tmp_path / "bids" / "sub-01" / "dwi", (4, 4, 4), names=bids)
     (found,) = find_series(tmp_path / "bids")
     assert found["subject"] == "sub-01" and read_series(found["data"]).mask.sum() == 8
+    # of a pipeline, where the data set itself has none
+    (tmp_path / "whole" / "derivatives").mkdir(parents=True)
+    for name in ("prep", "other"):
+        shutil.copytree(tmp_path / "bids", tmp_path / "whole" / "derivatives" / name)
+        if name == "prep":
+            for folder in ("whole", "whole/derivatives", "whole/derivatives/prep"):
+                (found,) = find_series(tmp_path / folder)
+                assert found["patient"] == "sub-01" and "prep" in found["data"]
+    with pytest.raises(ValueError, match=r"several pipelines; name one of .*derivatives/other, .*derivatives/prep"):
+        find_series(tmp_path / "whole")
     with pytest.raises(ValueError, match="no diffusion series found"):
         find_series(tmp_path)
     (tmp_path / "plain").mkdir()

@@ -216,6 +216,26 @@ def test_error_of_many_causes_is_of_memory_where_a_gpu_is_nearly_full(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not is_out_of_memory(RuntimeError(told))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free if place else 90, 100))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert not is_out_of_memory(RuntimeError(told))  # a GPU that this process does not use
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 100))
     assert is_out_of_memory(RuntimeError(told)) == is_memory
+
+    def fails() -> None:
+        raise RuntimeError("CUDA error: device not ready")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
+    assert not is_out_of_memory(RuntimeError(told))
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
+def test_a_gpu_without_bfloat16_is_planned_in_float32(
+    capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(out_of_memory, "_of_training", lambda step, budget, precision: planned.append(precision) or "")
+    config = {**TrainingStep(CONFIG, SMALL_TRAINING)._content, "amp": True, "device": "cuda"}
+    what_fits(config, 2**30)
+    assert planned == [precision]

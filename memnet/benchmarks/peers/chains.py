@@ -64,8 +64,8 @@ def measure_chains(
     x = torch.randn(batch_size, channels, size, size, size, device=device, requires_grad=True)
 
     def step(network: nn.Module) -> None:
-        x.grad = None
         network(x.clone()).mean().backward()
+        x.grad = None  # now, so that it is not alive where the next step's memory begins to count
 
     found = []
     for depth in sorted({*depths, timed_depth}):

@@ -86,7 +86,7 @@ def _pitfalls(a: argparse.Namespace, folder: Path) -> Part:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Part]] = {
-    "pitfalls": _pitfalls,  # the first: it forks, which a process should not do once it has computed
+    "pitfalls": _pitfalls,
     "chains": _chains,
     "gradients": _gradients,
     "unets": _unets,

@@ -36,14 +36,16 @@ def probe_all(names: Sequence[str] = tuple(IMPLEMENTATIONS), patience: float = 6
         For each word and probe ``yes``, ``no`` (a wrong result, in silence), the name of the exception raised, ``crash`` (a
         library that resizes storages can take the process down with it) or ``hang``.
     """
-    context = multiprocessing.get_context("fork")  # imports take longer than the probes
+    # forked of a process that has imported and no more: imports take longer than the probes, and a GPU's runtime is not inherited
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     answers: dict[str, dict[str, str]] = {}
     for name in names:
         if IMPLEMENTATIONS[name].missing is None:
             answers[name] = {}
-            for what in PROBES:
+            for what, probe in PROBES.items():
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_send_answer, args=(name, what, sender))
+                process = context.Process(target=_send_answer, args=(name, probe, sender))
                 process.start()
                 sender.close()
                 try:
@@ -63,16 +65,16 @@ def pitfall_table(answers: dict[str, dict[str, str]], names: Sequence[str] = tup
     return markdown_table(["", *(IMPLEMENTATIONS[name].title for name in names)], rows)
 
 
-def _send_answer(name: str, what: str, sender: Connection) -> None:
+def _send_answer(name: str, probe: Callable[[Build], bool], sender: Connection) -> None:
     warnings.simplefilter("ignore")  # other libraries use what PyTorch has deprecated
     torch.set_num_threads(1)
-    sender.send(ask(what, IMPLEMENTATIONS[name].build))
+    sender.send(ask(probe, IMPLEMENTATIONS[name].build))
 
 
-def ask(what: str, build: Build) -> str:
-    """Run one probe of :data:`PROBES` in this process; see :func:`probe_all` for the answer."""
+def ask(probe: Callable[[Build], bool], build: Build) -> str:
+    """Run one probe, a value of :data:`PROBES`, in this process; see :func:`probe_all` for the answer."""
     try:
-        return "yes" if PROBES[what](build) else "no"
+        return "yes" if probe(build) else "no"
     except Exception as error:  # whatever another library raises is its answer
         return type(error).__name__
 
