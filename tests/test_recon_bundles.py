@@ -204,6 +204,19 @@ def test_trains_in_two_processes(folder: Path, tmp_path: Path) -> None:
     assert state["iteration"] == 1 and not any(key.startswith("module.") for key in state["model"])
 
 
+def test_several_processes_resume_to_the_uninterrupted_result(folder: Path, tmp_path: Path) -> None:
+    overrides = {**SMALL_TRAINING, "dataset_dir": folder, "epochs": 2}
+    overrides.pop("device")
+    train_in_two_processes(KNEE, **overrides, output_dir=tmp_path / "whole")
+    stopped = {"train#trainer#max_epochs": 1, "output_dir": tmp_path / "parts"}
+    train_in_two_processes(KNEE, **overrides, **stopped)
+    train_in_two_processes(KNEE, **overrides, output_dir=tmp_path / "parts", resume=True)
+    whole, parts = (torch.load(tmp_path / name / "model_last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["epoch"] == parts["epoch"] == 2
+    for key, value in whole["model"].items():
+        torch.testing.assert_close(parts["model"][key], value, rtol=0, atol=1e-6, msg=key)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -350,8 +350,8 @@ class RandUndersampled(RandomizableTransform):
         if d["kspace"].meta.get("is_stack") and isinstance(self.mask, PoissonDiscMask) and not self._has_told:
             self._has_told = True
             logger.warning(
-                "%s: slices of a 2D scan, whose readout lies in the slice; a Poisson disc leaves out parts of each readout, which "
-                "no scan does",
+                "%s: slices of a 2D scan, whose readout lies in the slice; a Poisson disc leaves out parts of each readout, "
+                "which no scan does",
                 _file(d),
             )
         # one draw of the transform's own generator seeds the mask, so that MONAI's way of seeding reaches it
