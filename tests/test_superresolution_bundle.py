@@ -199,6 +199,23 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(weights: Path, tmp_path
     assert [p.name for p in out.rglob("*") if p.is_file() and "tensors" not in p.parts] == []
 
 
+def test_scores_count_brain_that_the_coarse_mask_lacks(tmp_path: Path) -> None:
+    folder = write_hcp(tmp_path / "hcp", 3, shape=(24, 24, 24))
+    for file in folder.glob("*/T1w/Diffusion/nodif_brain_mask.nii.gz"):
+        mask = nib.load(file)
+        values = np.zeros(mask.shape, np.uint8)
+        values[12:, 12:, 12:] = 1
+        values[1, 1, 1] = 1  # an eighth of a coarse voxel
+        nib.save(nib.Nifti1Image(values, mask.affine), file)
+    weights = tmp_path / "weights.pt"
+    torch.save(ESPCNRevNet(n_blocks=0, channels=(12, 12), start="interpolation").state_dict(), weights)
+    options = {**SMALL, "n_blocks": 0, "dataset_dir": str(folder), "ckpt_path": str(weights), "reflections": 1}
+    run(BUNDLE, "evaluating", "train.json", "evaluate.json", **options, output_dir=str(tmp_path / "out"))
+    metrics = dict(line.split(",") for line in (tmp_path / "out" / "metrics.csv").read_text().splitlines())
+    # untrained, the network is trilinear interpolation
+    assert float(metrics["rmse_total"]) == pytest.approx(float(metrics["trilinear_rmse_total"]), rel=1e-3)
+
+
 def test_a_folder_goes_on_past_a_series_that_cannot_be_fitted(weights: Path, tmp_path: Path) -> None:
     for subject in ("a", "b", "c"):
         data = write_series(tmp_path / "series" / subject, (8, 8, 8))
