@@ -447,7 +447,7 @@ def _extent(sampled: torch.Tensor) -> tuple[float, float]:
     distance, shorter = torch.zeros(sampled.shape), 1.0
     for axis, n in enumerate(sampled.shape):
         places = sampled.any(1 - axis).nonzero().flatten() - n // 2
-        if n == 1 or not len(places):
+        if len(places) < 2:
             continue
         reach = -int(places[0]), int(places[-1]) + (n + 1) % 2  # of an even number the last is one nearer
         shorter = min(shorter, max(0, min(reach)) / max(reach))
