@@ -60,7 +60,8 @@ def find_series(dataset_dir: str | Path) -> list[Case]:
             return [{"subject": folder.resolve().name, "data": str(folder / hcp)}]
         if found := [{"subject": file.parents[2].name, "data": str(file)} for file in sorted(folder.glob(f"*/{hcp}"))]:
             return found
-    found = _bids(folder, "sub-*") or _bids(folder, "*/sub-*") or _bids(folder, "derivatives/*/sub-*")
+    pipelines = "*/sub-*" if folder.resolve().name == "derivatives" else "derivatives/*/sub-*"
+    found = _bids(folder, "sub-*") or _bids(folder, pipelines)
     if not found:
         found = [{"subject": stem_of(file), "data": str(file)} for file in _with_bvals(folder.glob("*.nii*"))]
     if not found:
