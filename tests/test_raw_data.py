@@ -16,7 +16,8 @@ from memnet.datasets.ismrmrd import write_ismrmrd
 from memnet.datasets.raw_data import read_raw_data
 from memnet.mri.fourier import image_to_kspace, kspace_to_image
 from memnet.mri.sampling import PoissonDiscMask
-from memnet.transforms.kspace import LoadKspaced, RandUndersampled
+from memnet.transforms.kspace import RandUndersampled
+from memnet.transforms.kspace_inputs import LoadKspaced
 
 _HEADER = """<ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD"><encoding>
 <encodedSpace><matrixSize><x>16</x><y>9</y><z>1</z></matrixSize>

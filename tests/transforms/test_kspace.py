@@ -27,14 +27,13 @@ from memnet.transforms.kspace import (
     CombineCoilsd,
     CompressCoilsd,
     EstimateMapsd,
-    LoadKspaced,
     PackKspaced,
     RandKspaceNoised,
     RandSlabd,
     RandUndersampled,
     ScaleKspaced,
-    fit_field_of_view,
 )
+from memnet.transforms.kspace_inputs import LoadKspaced, fit_field_of_view
 from memnet.transforms.kspace_outputs import CompareMagnitudesd, ToVolumed
 
 AFFINE = np.array([[-0.9, 0, 0, 20], [0, 1.1, 0, -30], [0, 0, 1.3, 5], [0, 0, 0, 1]], dtype=float)

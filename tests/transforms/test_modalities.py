@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
-from memnet.transforms.kspace import LoadKspaced
+from memnet.transforms.kspace_inputs import LoadKspaced
 from memnet.transforms.modalities import (
     KeepLogitsd,
     LoadModalitiesd,
