@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -142,22 +142,17 @@ def _float32_products() -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    told = _told_precision()
-    backends: list[Any] = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
-    lowered = [(b, b.fp32_precision) for b in backends if b.fp32_precision not in ("ieee", "none")]
-    try:
+    with ExitStack() as stack:
+        told = _told_precision()
         if told is not None:
+            stack.callback(torch.set_float32_matmul_precision, told)
             torch.set_float32_matmul_precision("highest")
-        else:
-            for backend, _ in lowered:
+        backends: list[Any] = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
+        for backend in backends:
+            if backend.fp32_precision not in ("ieee", "none"):
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
                 backend.fp32_precision = "ieee"
         yield
-    finally:
-        if told is not None:
-            torch.set_float32_matmul_precision(told)
-        else:
-            for backend, precision in lowered:
-                backend.fp32_precision = precision
 
 
 def _told_precision() -> str | None:

@@ -18,7 +18,10 @@ from memnet.accounting.convolution_memory import bytes_inside
 from memnet.accounting.operations import flops_of
 from memnet.accounting.shapes import run_without_data
 
-__all__ = ["DryRun", "Ledger", "dry_run", "simulation"]
+__all__ = ["Device", "DryRun", "Ledger", "dry_run", "simulation"]
+
+Device = Literal["cpu", "cuda"]
+"""Where a run would be."""
 
 _ATEN = torch.ops.aten
 # What an operation whose result depends on the data is taken to return: a stream in range, a residual that is not yet small,
@@ -43,9 +46,7 @@ class DryRun(NamedTuple):
     flops: int
 
 
-def dry_run(
-    make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor]]], device: Literal["cpu", "cuda"] = "cpu"
-) -> DryRun:
+def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor]]], device: Device = "cpu") -> DryRun:
     """Run a forward and backward pass on tensors without data, and account for them as if they had some.
 
     Every tensor counts from the operation that makes it to the last reference to it, as with

@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from monai.bundle import ConfigParser
 from torch import nn
 from torch.nn import functional
 
-from memnet.accounting.dry_run import dry_run
+from memnet.accounting.dry_run import Device, dry_run
 from memnet.budget import parse_bytes
 from memnet.chain import Chain, Memory
 from memnet.diffusion.superresolution import TensorLoss
@@ -23,8 +23,6 @@ from memnet.nets.packed import PackedMoDL
 from memnet.spelling import did_you_mean
 
 __all__ = ["Plan", "TrainingStep", "fill_budget", "largest_patch", "parse_bytes", "read_override"]
-
-Device = Literal["cpu", "cuda"]
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 # losses whose target looks like the prediction; others take a label map of one channel
