@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from memnet import bundle
 from memnet.bundle import input_error
 from memnet.datasets import find_brats
-from memnet.transforms.modalities import read_volume
+from memnet.transforms.volumes import read_volume
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
 

@@ -40,7 +40,7 @@ from memnet.benchmarks.contenders import CONTENDERS, MULTIPLE
 from memnet.benchmarks.records import Record, read_record, record_file, write_whole
 from memnet.losses import InvResLoss
 from memnet.transforms.labels import MapLabelsd
-from memnet.transforms.modalities import LoadVolumed
+from memnet.transforms.volumes import LoadVolumed
 from memnet.workflow.checkpoints import TrainingCheckpoint
 from memnet.workflow.inferers import PrecisionInferer
 

@@ -1,14 +1,20 @@
-"""Compares the voxel grids of volumes and says how they differ."""
+"""Compares the voxel grids of volumes, says how they differ, and resamples to isotropic voxels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, MapTransform, Spacing
+from monai.utils import GridSampleMode
 
-__all__ = ["Grid", "file_grid", "grid_of", "require_one_grid", "same_grid"]
+__all__ = ["Grid", "ToSpacingd", "file_grid", "grid_of", "require_one_grid", "same_grid"]
+
+_MOST_VOXELS = 2**28
 
 # number of voxels along the axes, and affine (mm, RAS+)
 Grid = tuple[tuple[int, ...], np.ndarray]
@@ -55,9 +61,55 @@ def require_one_grid(
             )
 
 
+class ToSpacingd(MapTransform, InvertibleTransform):
+    """Resample to isotropic voxels, trilinearly, and back.
+
+    MONAI's ``Spacingd`` takes every entry whose key begins like the image's for metadata, and fails on the
+    ``image_path`` that MONAI Label hands over.
+
+    Args:
+        keys: the images, ``(C, D, H, W)`` MetaTensors.
+        spacing: side of a voxel in mm.
+
+    Raises:
+        ValueError: the voxels' sides, as the file has them, make a volume of nothing or of more than 2^28 voxels.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: float = 1.0) -> None:
+        super().__init__(keys)
+        self.side = spacing
+        self.spacing = Spacing(pixdim=(spacing,) * 3, mode=GridSampleMode.BILINEAR, dtype=np.float32)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Resample."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            _require_sensible_size(d[key], self.side)
+            d[key] = self.spacing(d[key])
+        return d
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Resample back to the original grid."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.spacing.inverse(d[key])
+        return d
+
+
 def _words(grid: Grid) -> str:
     shape, affine = grid
     voxel = " x ".join(f"{side:.4g}" for side in np.linalg.norm(affine[:3, :3], axis=0))
     origin = ", ".join(f"{x:.4g}" for x in affine[:3, 3])
     axes = "".join(nib.aff2axcodes(affine))
     return f"{' x '.join(map(str, shape))} voxels of {voxel} mm, {axes}, first at ({origin})"
+
+
+def _require_sensible_size(image: MetaTensor, side: float) -> None:
+    sides = np.linalg.norm(np.asarray(image.affine, dtype=np.float64)[:3, :3], axis=0)
+    sizes = [n * of_file / side for n, of_file in zip(image.shape[1:], sides, strict=True)]
+    if min(sizes) < 0.5 or float(np.prod(sizes)) > _MOST_VOXELS:
+        told = " x ".join(f"{s:.3g}" for s in sides)
+        raise ValueError(
+            f"{image.meta.get('filename_or_obj', 'image')}: has voxels of {told} mm, so that at {side:g} mm it would have "
+            f"{' x '.join(f'{size:.3g}' for size in sizes)} voxels; is its header right?"
+        )

@@ -1,4 +1,4 @@
-"""Makes intensities of skull-stripped brains comparable, however the files were normalised before."""
+"""Makes intensities comparable, of skull-stripped brains however the files were normalised before."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, ScaleIntensityRangePercentiles
 
 from memnet.metadata import plain_tensor
 
-__all__ = ["ScaleBraind", "scale_brain", "zero_background"]
+__all__ = ["ScaleBraind", "ScaleModalitiesd", "scale_brain", "zero_background"]
 
 _N_SAMPLES = 200_000
 
@@ -90,5 +90,31 @@ class ScaleBraind(MapTransform):
             channels = plain_tensor(image)
             for channel in channels:
                 channel.copy_(scale_brain(channel, median=self.median, lower=self.lower))
+            d[key] = image
+        return d
+
+
+class ScaleModalitiesd(MapTransform):
+    """Scale every channel from its 0 and ``upper`` percentile to [0, 1], clipped; a missing (all-zero) one stays zero.
+
+    Args:
+        keys: the images, ``(C, D, H, W)``.
+        upper: the percentile that becomes 1.
+    """
+
+    def __init__(self, keys: KeysCollection, upper: float = 99.5) -> None:
+        super().__init__(keys)
+        self.scale = ScaleIntensityRangePercentiles(lower=0, upper=upper, b_min=0, b_max=1, clip=True)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Scale in float32."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            image = d[key].clone()
+            channels = plain_tensor(image)
+            for channel in channels:
+                # MONAI's transform warns of a division by zero where all values are the same
+                if channel.min() < channel.max():
+                    channel.copy_(self.scale(channel))
             d[key] = image
         return d

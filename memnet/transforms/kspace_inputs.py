@@ -18,7 +18,7 @@ from monai.transforms import MapTransform
 from memnet.datasets.raw_data import read_raw_data
 from memnet.mri.fourier import kspace_to_image
 from memnet.mri.simulated_scans import simulate_movie, simulate_volume
-from memnet.transforms.modalities import require_real_numbers
+from memnet.transforms.volumes import require_real_numbers
 
 __all__ = ["LoadKspaced", "fit_field_of_view"]
 

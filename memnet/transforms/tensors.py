@@ -22,7 +22,7 @@ from memnet.datasets.diffusion_files import read_tensors, source_of
 from memnet.diffusion.tensors import SYMMETRIC, complete_edge, rotate_tensors, rotation_of
 from memnet.metadata import plain_tensor
 from memnet.transforms.grids import grid_of, same_grid
-from memnet.transforms.modalities import read_volume
+from memnet.transforms.volumes import read_volume
 
 __all__ = [
     "CompleteEdged",

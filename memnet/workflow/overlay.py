@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from memnet.dicom import split_uid
-from memnet.transforms.modalities import read_volume
+from memnet.transforms.volumes import read_volume
 from memnet.whole_files import whole_file
 from memnet.workflow.legends import Legend
 from memnet.workflow.metrics import label_volumes
@@ -42,7 +42,7 @@ def overlay_figure(scan: str | Path, labels: str | Path, legend: Legend) -> Any:
     The planes pass through the middle of what is labelled, left is left, and the legend gives volumes in ml.
 
     Args:
-        scan: the 3D image that was segmented, see :func:`memnet.transforms.modalities.read_volume`.
+        scan: the 3D image that was segmented, see :func:`memnet.transforms.volumes.read_volume`.
         labels: its label map on the same grid.
         legend: what the labels are.
 

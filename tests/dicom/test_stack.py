@@ -17,7 +17,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MediaStorageDire
 
 from memnet.bundle import input_error
 from memnet.dicom import read_pixels, read_stack
-from memnet.transforms.modalities import read_volume
+from memnet.transforms.volumes import read_volume
 from memnet.workflow.scans import find_scans, list_scans
 
 AFFINES = {

@@ -1,10 +1,10 @@
-"""Scaling of skull-stripped brains: the same image comes out however the file was normalised before."""
+"""Scaling of intensities; of skull-stripped brains the same comes out however the file was normalised before."""
 
 import pytest
 import torch
 from monai.data import MetaTensor
 
-from memnet.transforms.intensity import ScaleBraind, scale_brain, zero_background
+from memnet.transforms.intensity import ScaleBraind, ScaleModalitiesd, scale_brain, zero_background
 
 
 @pytest.fixture
@@ -46,3 +46,12 @@ def test_missing_channel_stays_empty_and_noise_is_no_background(brain):
     assert (image[1] == 0).all() and (image[0] > 0).any()
     noise = torch.randn(1, 8, 8, 8)
     assert (zero_background(noise) == noise - noise.min()).all()
+
+
+def test_scaling_fills_the_unit_range_and_leaves_a_missing_channel(recwarn: pytest.WarningsRecorder) -> None:
+    image = MetaTensor(torch.stack([torch.rand(12, 12, 12) * 500 - 100, torch.zeros(12, 12, 12)]))
+    scaled = ScaleModalitiesd("image")({"image": image})["image"]
+    assert scaled[0].min() == 0 and scaled[0].max() == 1
+    assert not scaled[1].any() and not len(recwarn)
+    torch.testing.assert_close((scaled[0] == 1).float().mean(), torch.tensor(0.005), atol=2e-3, rtol=0)
+    assert image[0].max() > 300  # the input stays

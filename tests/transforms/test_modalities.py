@@ -1,4 +1,4 @@
-"""Loading, scaling and dropping of modalities."""
+"""Loading and dropping of modalities."""
 
 from __future__ import annotations
 
@@ -13,33 +13,11 @@ import torch
 from conftest import phantom
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Orientation
 
-from memnet.transforms.kspace_inputs import LoadKspaced
-from memnet.transforms.modalities import (
-    KeepLogitsd,
-    LoadModalitiesd,
-    LoadVolumed,
-    RandDropModalityd,
-    ScaleModalitiesd,
-    ToSpacingd,
-    read_volume,
-)
-from memnet.transforms.writing import AtomicNibabelWriter
+from memnet.transforms.modalities import LoadModalitiesd, RandDropModalityd
+from memnet.transforms.volumes import read_volume
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
-
-
-def test_reads_what_nibabel_reads(write_nifti: Callable[..., Path]) -> None:
-    affine = np.diag([1.0, 2, 3, 1])
-    volume = read_volume(write_nifti("a.nii.gz", phantom()[0].astype(np.int16), affine))
-    assert volume.shape == (1, 20, 24, 22) and volume.dtype == torch.float32
-    np.testing.assert_allclose(volume.affine, affine)
-
-
-def test_reads_analyze_with_a_fourth_axis(iseg_folder: Path) -> None:
-    assert read_volume(iseg_folder / "subject-1-T1.hdr").shape == (1, 20, 24, 22)
-    assert torch.equal(read_volume(iseg_folder / "subject-1-T1.img"), read_volume(iseg_folder / "subject-1-T1.hdr"))
 
 
 def test_missing_modality_is_a_zero_channel(write_nifti: Callable[..., Path]) -> None:
@@ -118,12 +96,6 @@ def test_images_in_memory_that_say_too_little(
         LoadModalitiesd("image", FOUR, lone=None)({"image": shown(four)})
 
 
-@pytest.mark.parametrize("volume", ["4", "1.2"])
-def test_volume_that_is_not_there(volume: str, four: np.ndarray, write_nifti: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match=f"four.nii:{volume}: no such volume, the file has shape"):
-        read_volume(f"{write_nifti('four.nii', four)}:{volume}")
-
-
 def test_two_volumes_are_no_modalities_where_files_are_of_one(write_nifti: Callable[..., Path]) -> None:
     path = write_nifti("echoes.nii", np.stack([phantom()[0]] * 2, -1))
     with pytest.raises(ValueError, match="expected a 3D volume"):
@@ -174,19 +146,6 @@ def test_rounding_of_affines_is_no_other_grid(write_nifti: Callable[..., Path]) 
     assert torch.equal(image[0], image[1])
 
 
-def test_label_map_of_another_grid_is_refused(write_nifti: Callable[..., Path]) -> None:
-    t1, _, labels = phantom()
-    image = LoadModalitiesd("image")({"image": str(write_nifti("a.nii", t1))})["image"]
-    here, there = write_nifti("here.nii", labels), write_nifti("there.nii", labels, np.diag([1.0, 1, 1.2, 1]))
-    turned = Orientation("LPS", labels=None)(ToSpacingd("image", 2.0)({"image": image})["image"])
-    load = LoadVolumed("label", grid_key="image")
-    assert load({"image": turned, "label": str(here)})["label"].shape == (1, *labels.shape)
-    with pytest.raises(ValueError, match=r"there\.nii: its grid .* differs from that of .*a\.nii"):
-        load({"image": turned, "label": str(there)})
-    empty = write_nifti("empty.nii", np.zeros_like(labels))
-    assert not LoadVolumed("label", constant=True)({"label": str(empty)})["label"].any()
-
-
 def test_background_other_than_zero_is_taken_off_before_resampling(write_nifti: Callable[..., Path]) -> None:
     t1 = phantom((24, 24, 24))[0]
     scored = (t1 - t1.mean()) / t1.std()
@@ -220,27 +179,6 @@ def test_tissue_bundle_sees_a_stripped_scan_as_it_was_before(kind: str, write_ni
         torch.testing.assert_close(after, before, atol=1e-3, rtol=0)
 
 
-def test_scaling_fills_the_unit_range_and_leaves_a_missing_channel(recwarn: pytest.WarningsRecorder) -> None:
-    image = MetaTensor(torch.stack([torch.rand(12, 12, 12) * 500 - 100, torch.zeros(12, 12, 12)]))
-    scaled = ScaleModalitiesd("image")({"image": image})["image"]
-    assert scaled[0].min() == 0 and scaled[0].max() == 1
-    assert not scaled[1].any() and not len(recwarn)
-    torch.testing.assert_close((scaled[0] == 1).float().mean(), torch.tensor(0.005), atol=2e-3, rtol=0)
-    assert image[0].max() > 300  # the input stays
-
-
-def test_spacing_goes_there_and_back_beside_an_image_path() -> None:
-    # MONAI Label hands over image_path, a string, beside image
-    affine = torch.diag(torch.tensor([0.5, 1.0, 2.0, 1.0], dtype=torch.float64))
-    image = MetaTensor(torch.rand(2, 20, 10, 6), affine=affine, meta={"filename_or_obj": "a.nii.gz"})
-    transform = ToSpacingd("image")
-    there = transform({"image": image, "image_path": "a.nii.gz"})
-    assert abs(there["image"].shape[1] - 10) <= 1 and abs(there["image"].shape[3] - 12) <= 1
-    back = transform.inverse(there)["image"]
-    assert back.shape == image.shape
-    torch.testing.assert_close(back.affine, affine)
-
-
 def test_one_modality_is_dropped_never_the_last() -> None:
     transform = RandDropModalityd("image", prob=0.6)
     transform.set_random_state(seed=0)
@@ -257,29 +195,3 @@ def test_any_of_four_modalities_are_dropped_never_all() -> None:
     kept = [tuple(transform({"image": torch.ones(4, 2, 2, 2)})["image"][:, 0, 0, 0].tolist()) for _ in range(300)]
     assert len(set(kept)) == 14
     assert 0.3 < sum(sum(k) == 2 for k in kept) / 300 < 0.55
-
-
-def test_logits_are_kept() -> None:
-    logits = torch.rand(4, 2, 2, 2)
-    assert KeepLogitsd("pred")({"pred": (logits, torch.zeros(2))})["pred"] is logits
-    assert KeepLogitsd("pred")({"pred": logits})["pred"] is logits
-
-
-@pytest.mark.parametrize(
-    ("dtype", "told"),
-    [(np.complex64, "complex values"), (np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), "colours")],
-)
-def test_what_has_no_real_numbers_is_refused(dtype: Any, told: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.nii.gz"
-    nib.save(nib.Nifti1Image(np.ones((8, 8, 8), dtype), np.eye(4)), path)
-    for read in (read_volume, lambda file: LoadKspaced("image")({"image": str(file)})):
-        with pytest.raises(ValueError, match=f"a.nii.gz: .*holds {told}, expected real numbers"):
-            read(path)
-
-
-def test_a_single_slice_keeps_its_three_dimensions(tmp_path: Path) -> None:
-    writer = AtomicNibabelWriter(output_dtype=np.uint8)
-    writer.set_data_array(torch.ones(1, 6, 5, 1), channel_dim=0, squeeze_end_dims=True)
-    writer.set_metadata({"affine": np.eye(4)})
-    writer.write(tmp_path / "a.nii.gz")
-    assert nib.load(tmp_path / "a.nii.gz").shape == (6, 5, 1)

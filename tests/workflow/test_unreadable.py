@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 
-from memnet.transforms.modalities import read_volume
+from memnet.transforms.volumes import read_volume
 from memnet.whole_files import whole_file
 from memnet.workflow.unreadable import PassOverUnreadable
 

@@ -1,4 +1,4 @@
-"""Removes small false finds from a label map."""
+"""What becomes of a network's output: its logits alone in training, small false finds dropped from a label map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from memnet.metadata import plain_tensor
 
-__all__ = ["KeepLargePiecesd"]
+__all__ = ["KeepLargePiecesd", "KeepLogitsd"]
 
 
 class KeepLargePiecesd(MapTransform):
@@ -46,4 +46,22 @@ class KeepLargePiecesd(MapTransform):
                 sizes[0] = 0
                 keep = torch.from_numpy(sizes >= self.share * sizes.max())[torch.from_numpy(pieces).long()]
                 d[key] = labels * keep[None].to(values)
+        return d
+
+
+class KeepLogitsd(MapTransform):
+    """Keep the logits of a network's output in training, which with the variational branch is a tuple.
+
+    Args:
+        keys: the predictions: logits, or the logits and the branch's losses.
+    """
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the first of the tuple."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = d[key][0] if isinstance(d[key], (tuple, list)) else d[key]
         return d

@@ -1,10 +1,10 @@
-"""Pieces of a label map: which stay."""
+"""What of a network's output is kept."""
 
 import pytest
 import torch
 from monai.data import MetaTensor
 
-from memnet.transforms.pieces import KeepLargePiecesd
+from memnet.transforms.predictions import KeepLargePiecesd, KeepLogitsd
 
 
 def test_pieces_stay_by_their_size_whatever_their_labels():
@@ -23,3 +23,9 @@ def test_pieces_stay_by_their_size_whatever_their_labels():
     assert torch.equal(KeepLargePiecesd("pred")({"pred": empty})["pred"], empty)
     with pytest.raises(ValueError, match="between 0 and 1"):
         KeepLargePiecesd("pred", share=3)
+
+
+def test_logits_are_kept() -> None:
+    logits = torch.rand(4, 2, 2, 2)
+    assert KeepLogitsd("pred")({"pred": (logits, torch.zeros(2))})["pred"] is logits
+    assert KeepLogitsd("pred")({"pred": logits})["pred"] is logits

@@ -1,0 +1,62 @@
+"""What of a file becomes a volume, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import phantom
+from monai.transforms import Orientation
+
+from memnet.transforms.grids import ToSpacingd
+from memnet.transforms.kspace_inputs import LoadKspaced
+from memnet.transforms.modalities import LoadModalitiesd
+from memnet.transforms.volumes import LoadVolumed, read_volume
+
+
+def test_reads_what_nibabel_reads(write_nifti: Callable[..., Path]) -> None:
+    affine = np.diag([1.0, 2, 3, 1])
+    volume = read_volume(write_nifti("a.nii.gz", phantom()[0].astype(np.int16), affine))
+    assert volume.shape == (1, 20, 24, 22) and volume.dtype == torch.float32
+    np.testing.assert_allclose(volume.affine, affine)
+
+
+def test_reads_analyze_with_a_fourth_axis(iseg_folder: Path) -> None:
+    assert read_volume(iseg_folder / "subject-1-T1.hdr").shape == (1, 20, 24, 22)
+    assert torch.equal(read_volume(iseg_folder / "subject-1-T1.img"), read_volume(iseg_folder / "subject-1-T1.hdr"))
+
+
+@pytest.mark.parametrize("volume", ["4", "1.2"])
+def test_volume_that_is_not_there(volume: str, write_nifti: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=f"four.nii:{volume}: no such volume, the file has shape"):
+        read_volume(f"{write_nifti('four.nii', np.ones((5, 4, 3, 4)))}:{volume}")
+
+
+def test_label_map_of_another_grid_is_refused(write_nifti: Callable[..., Path]) -> None:
+    t1, _, labels = phantom()
+    image = LoadModalitiesd("image")({"image": str(write_nifti("a.nii", t1))})["image"]
+    here, there = write_nifti("here.nii", labels), write_nifti("there.nii", labels, np.diag([1.0, 1, 1.2, 1]))
+    turned = Orientation("LPS", labels=None)(ToSpacingd("image", 2.0)({"image": image})["image"])
+    load = LoadVolumed("label", grid_key="image")
+    assert load({"image": turned, "label": str(here)})["label"].shape == (1, *labels.shape)
+    with pytest.raises(ValueError, match=r"there\.nii: its grid .* differs from that of .*a\.nii"):
+        load({"image": turned, "label": str(there)})
+    empty = write_nifti("empty.nii", np.zeros_like(labels))
+    assert not LoadVolumed("label", constant=True)({"label": str(empty)})["label"].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [(np.complex64, "complex values"), (np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), "colours")],
+)
+def test_what_has_no_real_numbers_is_refused(dtype: Any, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 8), dtype), np.eye(4)), path)
+    for read in (read_volume, lambda file: LoadKspaced("image")({"image": str(file)})):
+        with pytest.raises(ValueError, match=f"a.nii.gz: .*holds {told}, expected real numbers"):
+            read(path)
