@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from memnet.datasets import (
     require_cases,
     split_folds,
 )
-from memnet.workflow.scans import find_scans, list_scans
+from memnet.workflow.scans import find_scans, list_scans, tell_modality
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -283,7 +284,52 @@ def test_time_points_of_a_patient_stay_together(tmp_path: Path) -> None:
         find_training_cases(tmp_path / "one", layout="brats")
 
 
+def test_time_points_of_a_patient_stay_together_in_a_datalist(tmp_path: Path) -> None:
+    """Those that a label's name or folder tells, or the entry itself."""
+    touch_brats(tmp_path, *(f"BraTS-GLI-{k:05d}-{t:03d}" for k in range(10) for t in range(2)))
+    touch(tmp_path, *(f"own{k}.nii" for k in range(6)))
+    folders = sorted(f.name for f in tmp_path.glob("BraTS*"))
+    cases = [{"image": [f"{n}/{n}-t1n.nii.gz", *[None] * 3], "label": f"{n}/{n}-seg.nii.gz"} for n in folders]
+    cases += [{"image": f"own{k}.nii", "label": f"own{k}.nii", "patient": k // 2} for k in range(6)]
+    (tmp_path / "list.json").write_text(json.dumps({"training": cases}))
+    for fold in range(5):
+        split = find_training_cases(datalist=tmp_path / "list.json", n_folds=5, fold=fold, layout="brats", seed=fold)
+        told = [
+            {name[:15] if name.startswith("BraTS") else f"own{int(name[3]) // 2}" for name in map(label_name, cases)}
+            for cases in split.values()
+        ]
+        assert not told[0] & told[1] and len(told[0] | told[1]) == 13
+        assert set(split["training"][0]) == {"image", "label"}
+
+
+def label_name(case: dict[str, Any]) -> str:
+    return Path(case["label"]).name
+
+
 FOUR = ("T1", "T1c", "T2", "FLAIR")
+
+
+@pytest.mark.parametrize(
+    ("stem", "expected"),
+    [
+        *[(s, "T1c") for s in (
+            "sub-01_ce-gadolinium_run-1_T1w", "sub-01_ce-gd_rec-norm_T1w", "p_T1_postGd", "p_T1_MPRAGE_post", "p_T1+C",
+            "p_T1_contrast", "T1_gadolinium", "sub-01_acq-postcontrast_T1w", "p_T1_KM", "AX T1 POST", "p_T1_CE", "x_T1_C_2")],
+        *[(s, "FLAIR") for s in ("p_T2_AX_FLAIR", "p_T2.FLAIR", "p T2 FLAIR", "t2_tse_dark-fluid_FLAIR")],
+        *[(s, "T1") for s in (
+            "p_T1_pre-contrast", "p_T1_precontrast", "sub-1_ses-post_T1w", "p_T1_post_op", "c_T1", "T1_no_contrast")],
+        ("sub-01_ce-gd_T2w", "T2"),
+        ("contrast", None),
+    ],
+)  # fmt: skip
+def test_words_apart_tell_a_modality(stem: str, expected: str | None) -> None:
+    assert tell_modality(f"{stem}.nii.gz", FOUR) == expected
+
+
+def test_words_of_a_modality_are_not_the_subject_s(tmp_path: Path) -> None:
+    files = ["sub-1_run-1_T1w.nii", "sub-1_ce-gd_run-1_T1w.nii", "sub-1_run-1_T2w.nii", "sub-1_run-1_T2w_FLAIR.nii"]
+    touch(tmp_path, *files)
+    assert names(list_scans(dict.fromkeys(FOUR), dataset_dir=tmp_path)) == [files]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from memnet.datasets.cases import Case, existing_folder, find_file
 
-__all__ = ["find_brats"]
+__all__ = ["find_brats", "patient_of"]
 
 logger = logging.getLogger("memnet")
 
@@ -62,8 +62,7 @@ def find_brats(dataset_dir: str | Path, allow_missing: bool = False) -> list[Cas
                     f"{path}: the {modality} of case {name} is missing (looked for {name}{ending}.nii.gz and .nii); "
                     "add the file, or give --allow_missing true to train on what is there"
                 )
-        patient = _PATIENT.fullmatch(name)
-        cases.append({"image": image, "label": label, "patient": patient[1] if patient else name})
+        cases.append({"image": image, "label": label, "patient": patient_of(label) or name})
     if not cases:
         found = f"but {len(unlabelled)} without labels" if unlabelled else "nor one without labels"
         raise ValueError(
@@ -74,6 +73,14 @@ def find_brats(dataset_dir: str | Path, allow_missing: bool = False) -> list[Cas
     if unlabelled:
         logger.warning("%s: cases without labels are left out (%d, %s first)", folder, len(unlabelled), unlabelled[0])
     return cases
+
+
+def patient_of(label: str | Path | None) -> str | None:
+    """Return the patient that a segmentation's name or folder tells as BraTS-GLI has it, or ``None`` if neither does."""
+    if label is None:
+        return None
+    found = _PATIENT.match(Path(label).name) or _PATIENT.match(Path(label).parent.name)
+    return found[1] if found else None
 
 
 def _case_folders(folder: Path) -> list[Path]:

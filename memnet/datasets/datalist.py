@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from memnet.datasets.brats import patient_of
 from memnet.datasets.cases import Case
 
 __all__ = ["read_datalist"]
@@ -20,7 +21,8 @@ def read_datalist(path: str | Path) -> dict[str, list[Case]]:
             which ``null`` marks one that the subject lacks. A section's entry may be the image's name alone.
 
     Returns:
-        The sections, with absolute paths.
+        The sections, with absolute paths. A case's ``patient``, whose cases a split keeps together, is the entry's own or, of
+        BraTS-GLI, the one that the label's name or folder tells.
 
     Raises:
         ValueError: if the file is missing, is no JSON, an entry has no image, or one file holds all modalities, in an order
@@ -30,7 +32,7 @@ def read_datalist(path: str | Path) -> dict[str, list[Case]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such datalist file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(content, dict) or not any(k in content for k in ("training", "validation", "test")):
@@ -56,4 +58,7 @@ def read_datalist(path: str | Path) -> dict[str, list[Case]]:
                     f"{path}: one file holds all modalities; list its volumes as the network wants them ({volumes})"
                 )
             sections[section].append({k: absolute(v) for k, v in case.items() if k in ("image", "label")})
+            patient = case["patient"] if case.get("patient") is not None else patient_of(case.get("label"))
+            if patient is not None:
+                sections[section][-1]["patient"] = str(patient)
     return sections

@@ -44,7 +44,7 @@ class KeepBraind(MapTransform):
             label = values.argmax(0)
             core = -_dilate(-(label >= GM).float(), self.radius)
             pieces, n_pieces = ndimage.label(core.cpu().numpy() > 0)
-            if n_pieces > 1:
+            if n_pieces > 0:
                 largest = int(np.bincount(pieces.ravel())[1:].argmax()) + 1
                 core = torch.from_numpy((pieces == largest).astype(np.float32)).to(values.device)
                 near = _dilate(core, self.radius + self.margin)

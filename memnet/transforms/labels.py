@@ -41,17 +41,29 @@ ISEG_TISSUE = {0: BACKGROUND, 10: CSF, 150: GM, 250: WM}
 # plexus and the fifth ventricle go with the ventricles they lie in, white matter lesions and the optic chiasm with white
 # matter. 136/163 and 137/164 are the choroid plexus of lateral and inferior horns in SynthSeg's label maps, 5xx is what lies
 # outside the brain there: arteries, nerves, soft tissue, eyes, mucosa, skin, spinal cord, dura, bone and marrow.
+# 80 to 82 are hypointensities of grey matter, 29 and 61 voxels that FreeSurfer left undetermined.
 FREESURFER_TISSUE = {
     0: BACKGROUND,
     **dict.fromkeys((4, 5, 14, 15, 24, 31, 43, 44, 63, 72, 136, 137, 163, 164), CSF),
     **dict.fromkeys((3, 8, 10, 11, 12, 13, 17, 18, 26, 28), GM),
     **dict.fromkeys((42, 47, 49, 50, 51, 52, 53, 54, 58, 60), GM),
+    **dict.fromkeys((80, 81, 82), GM),
     **dict.fromkeys((2, 7, 16, 25, 30, 41, 46, 57, 62, 77, 78, 79, 85, 251, 252, 253, 254, 255), WM),
+    **dict.fromkeys((29, 61), BACKGROUND),
     **dict.fromkeys((502, 506, 507, 508, 509, 511, 512, 514, 515, 516, 530), BACKGROUND),
 }
 
+# cortex by region in aparc+aseg and aparc.a2009s+aseg, white matter by region in wmparc
+_PARCELS = {
+    **{first + n: GM for first in (1000, 2000) for n in range(36)},
+    **{first + n: WM for first in (3000, 4000) for n in range(36)},
+    **{first + n: GM for first in (11100, 12100) for n in range(76)},
+    **{first + n: WM for first in (13100, 14100) for n in range(76)},
+    **dict.fromkeys((5001, 5002), WM),
+}
+
 LABEL_MAPS: dict[str, dict[int, int]] = {
-    "freesurfer": FREESURFER_TISSUE,
+    "freesurfer": {**FREESURFER_TISSUE, **_PARCELS},
     "iseg": ISEG_TISSUE,
     "tissue": {value: value for value in range(4)},
     # enhancing tumour is 4 from 2017 to 2022, 3 from 2023 on
@@ -108,18 +120,19 @@ class MapLabelsd(MapTransform):
             whole = labels.round() if labels.is_floating_point() else labels
             labels = torch.where((labels - whole).abs() < ROUNDING, whole, labels)
             source = d[key].meta.get("filename_or_obj", key) if isinstance(d[key], MetaTensor) else key
-            values, inverse = torch.unique(labels, return_inverse=True)
+            values = torch.unique(labels)
             found = values.tolist()
             unknown = [value for value in found if value not in self.label_map]
             if unknown:
                 shown = ", ".join(f"{value:g}" for value in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
-                known = ", ".join(str(value) for value in sorted(self.label_map))
+                known = ", ".join(str(value) for value in sorted(self.label_map)[:64])
+                known += ", ..." if len(self.label_map) > 64 else ""
                 raise ValueError(f"{source}: holds label values that the map does not know: {shown} (known: {known})")
             if self.never_together and set(self.never_together) <= set(found):
                 values_found = " and ".join(str(value) for value in self.never_together)
                 raise ValueError(f"{source}: holds label values {values_found} together; is it a {self.instead}")
             target = torch.tensor([self.label_map[int(value)] for value in found], device=labels.device)
-            mapped = target.to(labels.dtype)[inverse].reshape(labels.shape)
+            mapped = target.to(labels.dtype)[torch.bucketize(labels.contiguous(), values, out_int32=True)]
             d[key] = MetaTensor(mapped, meta=d[key].meta) if isinstance(d[key], MetaTensor) else mapped
         return d
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, RandomizableTransform, SpatialResample
+from monai.transforms import MapTransform, RandGaussianNoised, RandomizableTransform, SpatialResample
 from monai.utils import GridSampleMode, GridSamplePadMode
 
 from memnet.transforms.grids import grid_of, require_one_grid, same_grid
@@ -19,7 +19,7 @@ from memnet.transforms.intensity import zero_background
 from memnet.transforms.volumes import check_volume, read_volume
 from memnet.workflow.scans import tell_modality, volumes_of
 
-__all__ = ["LoadModalitiesd", "RandDropModalityd"]
+__all__ = ["LoadModalitiesd", "RandDropModalityd", "RandNoiseModalitiesd"]
 
 MODALITIES = ("T1", "T2")
 
@@ -159,6 +159,24 @@ class RandDropModalityd(RandomizableTransform, MapTransform):
                 choices = [c for n in range(1, len(present)) for c in combinations(present, n)]
                 d[key] = d[key].clone()
                 d[key][list(choices[int(self._choice * len(choices))])] = 0
+        return d
+
+
+class RandNoiseModalitiesd(RandGaussianNoised):
+    """MONAI's Gaussian noise, in the modalities that are there; a missing (all-zero) one stays zero.
+
+    Args:
+        arguments: those of :class:`monai.transforms.RandGaussianNoised`; images are ``(C, D, H, W)``.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add noise."""
+        missing = {key: ~(data[key] != 0).flatten(1).any(1) for key in self.key_iterator(dict(data))}
+        d = cast(dict[Hashable, Any], super().__call__(data))
+        for key, channels in missing.items():
+            if bool(channels.any()):
+                d[key] = d[key].clone()
+                d[key][channels] = 0
         return d
 
 

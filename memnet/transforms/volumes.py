@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Mapping
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from memnet.transforms.grids import file_grid, require_one_grid
 __all__ = ["LoadVolumed", "check_volume", "read_volume", "require_real_numbers"]
 
 _SIDES, _FARTHEST = (1e-3, 1e3), 1e5  # of voxels, and of the first one from the origin, mm
-_MOST_COMPRESSED = 1100  # times that gzip makes zeros smaller, and a little more
+# how many times smaller a file may be than what it holds; 1100 is what gzip makes of zeros, and a little more
+_MOST_COMPRESSED = {".nii": 1, ".img": 1, ".mgh": 1, ".gz": 1100, ".mgz": 1100}
 
 
 def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
@@ -100,7 +101,7 @@ def _read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         shape = tuple(image.shape)
         stored = Path(image.file_map["image"].filename or file)
         n_bytes = prod(shape) * image.get_data_dtype().itemsize
-        if n_bytes > stored.stat().st_size * (_MOST_COMPRESSED if stored.suffix == ".gz" else 1):
+        if n_bytes > stored.stat().st_size * _MOST_COMPRESSED.get(stored.suffix.lower(), inf):
             raise ValueError(f"its header speaks of {n_bytes} bytes, {stored.name} is cut short")
     except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not a NIfTI (or Analyze) image, or damaged ({_first_line(error)})") from error

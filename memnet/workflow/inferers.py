@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.utils import ensure_tuple
 
 __all__ = ["PrecisionInferer", "PrecisionSlidingWindowInferer", "bfloat16_autocast", "supports_bfloat16"]
 
@@ -53,10 +54,15 @@ class PrecisionSlidingWindowInferer(SlidingWindowInferer):
     Args:
         amp: autocast to bfloat16; ``None`` decides by :func:`supports_bfloat16`.
         arguments: those of :class:`monai.inferers.SlidingWindowInferer`.
+
+    Raises:
+        ValueError: windows overlap by less than nothing or by all of themselves.
     """
 
     def __init__(self, *arguments: Any, amp: bool | None = None, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
+        if not all(0 <= overlap < 1 for overlap in ensure_tuple(self.overlap)):
+            raise ValueError(f"overlap is {self.overlap!r}, expected at least 0 and less than 1")
         self.amp = amp
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ def find_label_maps(dataset_dir: str | Path | None, n_validation: int = 2) -> di
     if dataset_dir is None:
         raise ValueError("dataset_dir is None, expected a folder of label maps: give --dataset_dir FOLDER")
     folder = existing_folder(dataset_dir, "a folder of label maps: give --dataset_dir FOLDER")
-    files = [f for f in sorted(folder.iterdir()) if f.name.endswith((".nii", ".nii.gz"))]
+    files = [f for f in sorted(folder.iterdir()) if f.name.endswith((".nii", ".nii.gz")) and not f.name.startswith(".")]
     if n_validation < 1 or len(files) <= n_validation:
         raise ValueError(
             f"{dataset_dir}: {len(files)} NIfTI files found, {n_validation} of them for validation (--n_validation); "

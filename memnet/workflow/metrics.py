@@ -36,18 +36,23 @@ class BoundedHausdorff(HausdorffDistanceMetric):
         percentile: the percentile of the distances to take rather than the largest, such as 95.
         missed: the distance where one region is empty, mm: in BraTS the diagonal of its 240 x 240 x 155 mm volumes. Where
             both are, the distance is 0.
+        include_background: measure the first channel, too; without it the metric has a channel less.
 
     References:
         Identifying the Best Machine Learning Algorithms for Brain Tumor Segmentation (Bakas et al., 2018),
         https://arxiv.org/abs/1811.02629
     """
 
-    def __init__(self, percentile: float | None = None, missed: float = 373.13) -> None:
+    def __init__(
+        self, percentile: float | None = None, missed: float = 373.13, include_background: bool = True
+    ) -> None:
         super().__init__(include_background=True, percentile=percentile)
+        self.first = 0 if include_background else 1
         self.missed = missed
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Measure ``(B, C, D, H, W)`` masks; ``(B, C)`` in voxels, that is in mm on a grid of 1 mm."""
+        y_pred, y = y_pred[:, self.first :], y[:, self.first :]
         there = [mask.flatten(2).any(2) for mask in (y_pred, y)]
         distances = torch.where(there[0] ^ there[1], self.missed, 0.0)
         for case, region in (there[0] & there[1]).nonzero().tolist():

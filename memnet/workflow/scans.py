@@ -21,15 +21,19 @@ __all__ = ["find_scans", "list_scans", "tell_modality", "volumes_of"]
 
 logger = logging.getLogger("memnet")
 
-# How file names tell a modality, standing alone in the name: sub-01_T1w.nii.gz, subject-3-T2.hdr, BraTS-GLI-00000-000-t2f,
-# sub-01_ce-gadolinium_T1w (BIDS). What stands first counts, of two that begin together the one above, so that T2_FLAIR is no T2.
-_NAMES = {
-    "FLAIR": r"(?:T2W?[-_]?)?FLAIR|T2F",
-    "T1c": r"T1W?[-_]?(?:C|CE|GD|GAD|POST(?:[-_]?CONTRAST)?)|CE-[A-Z0-9]+_T1W?",
-    "T2": r"T2W?",
-    "T1": r"T1[WN]?",
+# Words of file names that tell a modality: sub-01_T1w.nii.gz, subject-3-T2.hdr, BraTS-GLI-00000-000-t2f. The first counts, but a
+# T2 with FLAIR in its name is a FLAIR, and a T1 with a contrast agent in its name a T1c, wherever that stands: T2_AX_FLAIR,
+# sub-01_ce-gadolinium_run-1_T1w (BIDS), T1_MPRAGE_post.
+_WORDS = {
+    "FLAIR": re.compile(r"FLAIR|T2W?FLAIR|T2F"),
+    "T1c": re.compile(r"T1W?(?:C|CE|GD|GAD|POST)"),
+    "T2": re.compile(r"T2W?"),
+    "T1": re.compile(r"T1[WN]?"),
 }
-_PATTERNS = {m: re.compile(rf"(?<![A-Z0-9])(?:{p})(?![A-Z0-9])", re.IGNORECASE) for m, p in _NAMES.items()}
+_AGENT = re.compile(r"(?:POST)?(?:GD|GAD|GADO|GADOLINIUM|CONTRAST)")
+_AGENT_BEHIND_T1 = re.compile(r"CE|KM|POST")
+_NONE_OF_IT, _POST_SOMETHING_ELSE = {"PRE", "NON", "NO", "WITHOUT"}, {"OP", "SURGERY", "TREATMENT", "RT"}
+_SEPARATORS = re.compile(r"[-_.+ ()]+")
 # files that lie beside the scans but are not scans
 _NOT_A_SCAN = re.compile(r"[-_.](label|seg|segm|mask|tissue|tumor)$", re.IGNORECASE)
 _DEPTH = 3  # folders down
@@ -140,7 +144,8 @@ def tell_modality(path: str | Path, modalities: Sequence[str]) -> str | None:
         path: the file.
         modalities: some of T1, T1c, T2, FLAIR.
     """
-    return _split_name(_stem(path), modalities)[0]
+    told = _split_name(_stem(path))[0]
+    return told if told in modalities else None
 
 
 def volumes_of(path: str | Path, n_volumes: int) -> list[Any]:
@@ -163,7 +168,7 @@ def _side_by_side(lists: Mapping[str, list[Any]]) -> list[Row]:
 
 def _row(image: str | Path | Sequence[Any], names: list[str], modality: str | None) -> Row:
     if isinstance(image, (str, Path)):
-        told = tell_modality(image, list(_NAMES))
+        told = tell_modality(image, list(_WORDS))
         found = told if told in names else modality
         if told is not None and told != found and found is not None:
             logger.warning("%s: taken for a %s, though its name tells %s", image, found, told)
@@ -177,13 +182,35 @@ def _row(image: str | Path | Sequence[Any], names: list[str], modality: str | No
     return row if len(row) == len(names) else _row(row[0], names, modality)
 
 
-def _split_name(stem: str, names: Sequence[str]) -> tuple[str | None, str]:
+def _split_name(stem: str) -> tuple[str | None, str]:
     """Return the modality that a file's name tells, and what of the name is left to tell the subject."""
-    found = {name: match for name, p in _PATTERNS.items() if name in names and (match := p.search(stem))}
-    if not found:
+    words = _SEPARATORS.split(stem.upper())
+    told = [next((name for name, pattern in _WORDS.items() if pattern.fullmatch(word)), None) for word in words]
+    first = next((i for i, name in enumerate(told) if name), None)
+    if first is None:
         return None, stem
-    name = min(found, key=lambda name: found[name].start())
-    return name, stem[: found[name].start()] + "\0" + stem[found[name].end() :]
+    name, used = told[first], {first}
+    if name == "T2" and "FLAIR" in told:
+        name, used = "FLAIR", {first, told.index("FLAIR")}
+    elif name == "T1" and (agents := _agents(words, first)):
+        name, used = "T1c", {first, *agents}
+    return name, "_".join(word for i, word in enumerate(_SEPARATORS.split(stem)) if i not in used)
+
+
+def _agents(words: list[str], t1: int) -> set[int]:
+    """Return which words of a name say that a T1 was taken with a contrast agent."""
+    found = set()
+    for i, word in enumerate(words):
+        before, after = words[i - 1] if i else "", words[i + 1] if i + 1 < len(words) else ""
+        if _AGENT.fullmatch(word) and before not in _NONE_OF_IT:
+            found.add(i)
+        elif _AGENT_BEHIND_T1.fullmatch(word) and i > t1 and after not in _POST_SOMETHING_ELSE:
+            found.add(i)
+        elif word == "C" and i == t1 + 1:
+            found.add(i)
+        elif word == "CE" and i < t1 and after:
+            found.update((i, i + 1))  # BIDS: ce-gadolinium
+    return found
 
 
 def _stem(path: str | Path) -> str:
@@ -217,7 +244,7 @@ def _put_together(folder: Path, names: list[str], modality: str | None, pattern:
         is_series = file.is_dir() and not file.name.startswith(".") and holds_dicom(file)
         if not (is_image or is_series) or _NOT_A_SCAN.search(stem):
             continue
-        told, subject = _split_name(stem, list(_NAMES))
+        told, subject = _split_name(stem)
         if told is not None and told not in names:
             logger.warning("%s: left out, its name tells %s, which is none of %s", file, told, ", ".join(names))
             continue

@@ -80,6 +80,8 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
             continue
         target = section.get("_target_")
         names = {k for c in originals for k in c} | (_parameters(target) if target else set())
+        if _is_table(section) and all(_is_table(original) for original in originals):
+            continue
         for key in section:
             # a dictionary is a component that someone adds, such as a metric of their own
             added = not target and isinstance(section[key], dict)
@@ -269,6 +271,11 @@ def _handlers(config: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[st
         for number, handler in enumerate(handlers if isinstance(handlers, list) else []):
             if isinstance(handler, dict):
                 yield (*path, "handlers", str(number)), handler
+
+
+def _is_table(section: dict[str, Any]) -> bool:
+    """Tell whether a dictionary is a value, one of numbers to numbers such as a map of labels, and no component's settings."""
+    return bool(section) and all(re.fullmatch(r"-?\d+", str(key)) for key in section)
 
 
 def _at(configs: Sequence[Any], path: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -51,16 +51,14 @@ def find_scored_tumors(
     """
     folder = existing_folder(dataset_dir, "one of BraTS cases")
     labels = sorted(file for depth in ("*", "*/*", "*/*/*") for file in folder.glob(f"{depth}/{_TWO_LABEL}"))
-    cases: dict[str, Case] = {}
-    if labels:
-        for label in labels:
-            files = {modality: label.with_name(name) for modality, name in _TWO.items()}
-            cases[label.parent.name] = {"files": files, "label": label, "label_map": label_map or "brats2015"}
-    else:
-        for case in find_brats(folder, allow_missing=True):
-            files = {m: Path(f) for m, f in zip(_MODALITIES, case["image"], strict=True) if f is not None}
-            name, label = Path(case["label"]).parent.name, case["label"]
-            cases[name] = {"files": files, "label": label, "label_map": label_map or "brats"}
+    found: list[Case] = []
+    for label in labels:
+        files = {modality: label.with_name(name) for modality, name in _TWO.items()}
+        found.append({"files": files, "label": label, "label_map": label_map or "brats2015"})
+    for case in [] if labels else find_brats(folder, allow_missing=True):
+        files = {m: Path(f) for m, f in zip(_MODALITIES, case["image"], strict=True) if f is not None}
+        found.append({"files": files, "label": case["label"], "label_map": label_map or "brats"})
+    cases = dict(zip(_names([Path(case["label"]).parent for case in found], folder), found, strict=True))
     unknown = [name for name in subjects if name not in cases]
     if unknown:
         raise ValueError(f"{folder}: holds no case {', '.join(unknown)}; it has {', '.join(cases)}")
@@ -194,3 +192,12 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             cells.append(f"{overlap:.3f} ({distance:.1f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _names(folders: Sequence[Path], root: Path) -> list[str]:
+    """Return the folders' names, of those that share theirs with the folders in which they lie."""
+    names = [folder.name for folder in folders]
+    return [
+        name if names.count(name) == 1 else "_".join(folder.relative_to(root).parts)
+        for name, folder in zip(names, folders, strict=True)
+    ]

@@ -63,3 +63,10 @@ def test_a_whole_head_is_left_as_it_is():
     given = scores(head())
     out = FillStrippedd("pred")({"pred": given, "image": torch.full((2, 48, 40, 40), 0.5)})["pred"]
     assert torch.equal(out, given)
+
+
+def test_islands_are_removed_though_the_brain_is_the_only_large_piece():
+    labels = head()
+    labels[2:7, 16:21, 16:21] = 2
+    kept = KeepBraind("pred")({"pred": scores(labels)})["pred"].argmax(0)
+    assert torch.equal(kept, head().long())

@@ -63,3 +63,11 @@ def test_values_of_two_editions_in_one_file_are_refused():
     labels = MetaTensor(torch.arange(5)[None], meta={"filename_or_obj": "case_seg.nii.gz"})
     with pytest.raises(ValueError, match=r"case_seg\.nii\.gz.* 3 and 4 together.*brats2015"):
         MapLabelsd("label", "brats")({"label": labels})
+
+
+@pytest.mark.parametrize(
+    ("value", "tissue"), [(80, GM), (1035, GM), (2000, GM), (12175, GM), (3001, WM), (4035, WM), (5002, WM), (29, 0)]
+)
+def test_freesurfer_s_parcellations_are_known(value, tissue):
+    labels = torch.tensor([[[[0, value]]]], dtype=torch.int32)
+    assert MapLabelsd("label", "freesurfer")({"label": labels})["label"].tolist() == [[[[0, tissue]]]]

@@ -13,6 +13,7 @@ import torch
 from conftest import phantom
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.transforms import Compose
 
 from memnet.transforms.modalities import LoadModalitiesd, RandDropModalityd
 from memnet.transforms.volumes import read_volume
@@ -195,3 +196,34 @@ def test_any_of_four_modalities_are_dropped_never_all() -> None:
     kept = [tuple(transform({"image": torch.ones(4, 2, 2, 2)})["image"][:, 0, 0, 0].tolist()) for _ in range(300)]
     assert len(set(kept)) == 14
     assert 0.3 < sum(sum(k) == 2 for k in kept) / 300 < 0.55
+
+
+def test_tissue_bundle_never_trains_on_noise_alone() -> None:
+    """Noise in the channel of a missing modality made it look present, so that the only real one could be dropped."""
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLES / "brain_mri_tissue_invres" / "configs" / "train.json"))
+    steps = [t for t in parser.get_parsed_content("train#random_transforms") if "Affine" not in type(t).__name__]
+    draw = Compose(steps[next(i for i, t in enumerate(steps) if type(t).__name__ == "RandFlipd") :])
+    draw.set_random_state(seed=0)
+    image = torch.stack([torch.rand(4, 4, 4) + 0.5, torch.zeros(4, 4, 4)])
+    drawn = [draw({"image": image, "label": torch.ones(1, 4, 4, 4)})["image"] for _ in range(200)]
+    assert all(bool((x[0] > 0.1).all()) and not x[1].any() for x in drawn)
+    both = [draw({"image": image[[0, 0]], "label": torch.ones(1, 4, 4, 4)})["image"] for _ in range(200)]
+    assert any(x.flatten(1).any(1).all() and x[0].ne(x[1]).any() for x in both)  # noise is still drawn
+    assert any(not x[0].any() for x in both)  # and modalities are still dropped
+
+
+@pytest.mark.parametrize("bundle", ["tissue", "tumor"])
+def test_a_label_map_cut_to_its_labels_ends_where_it_ends(bundle: str, write_nifti: Callable[..., Path]) -> None:
+    """Resampling repeated the labels of its faces to the image's edge."""
+    t1, _, labels = phantom((24, 24, 24))
+    whole, there = (labels > 0).astype(np.uint8), np.eye(4)
+    there[2, 3] = 12
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLES / f"brain_mri_{bundle}_invres" / "configs" / "train.json"))
+    parser["label_map"], parser["resample"] = {"0": 0, "1": 1}, True
+    steps = parser.get_parsed_content("image_transforms") + parser.get_parsed_content("label_transforms")
+    image = [str(write_nifti("t1.nii", t1)), *[None] * (1 if bundle == "tissue" else 3)]
+    cut = write_nifti("cut.nii", whole[:, :, 12:], there)
+    label = Compose(steps)({"image": image, "label": str(cut)})["label"]
+    assert whole[:, :, 12].any() and int(label.sum()) == int(whole[:, :, 12:].sum())

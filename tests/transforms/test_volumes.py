@@ -60,3 +60,15 @@ def test_what_has_no_real_numbers_is_refused(dtype: Any, told: str, tmp_path: Pa
     for read in (read_volume, lambda file: LoadKspaced("image")({"image": str(file)})):
         with pytest.raises(ValueError, match=f"a.nii.gz: .*holds {told}, expected real numbers"):
             read(path)
+
+
+@pytest.mark.parametrize("name", ["a.mgz", "a.nii.bz2"])
+def test_other_compressed_formats_are_not_cut_short(name: str, tmp_path: Path) -> None:
+    values = phantom()[0].astype(np.float32)
+    image = nib.MGHImage(values, np.eye(4)) if name.endswith("mgz") else nib.Nifti1Image(values, np.eye(4))
+    nib.save(image, tmp_path / name)
+    np.testing.assert_array_equal(read_volume(tmp_path / name)[0], values)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"{name}: .*damaged"):
+        read_volume(tmp_path / name)

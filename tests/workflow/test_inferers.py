@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from memnet.workflow.inferers import PrecisionInferer, bfloat16_autocast
+from memnet.workflow.inferers import PrecisionInferer, PrecisionSlidingWindowInferer, bfloat16_autocast
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,9 @@ def test_old_gpu_computes_in_float32(monkeypatch, amp, capability, enabled):
 @pytest.mark.parametrize(("amp", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_cpu_does_as_asked(amp, dtype):
     assert PrecisionInferer(amp)(torch.rand(1, 2, 4, 4, 4), torch.nn.Conv3d(2, 3, 1)).dtype == dtype
+
+
+@pytest.mark.parametrize("overlap", [1.0, -0.1, (0.5, 0.5, 1.0)])
+def test_windows_that_never_move_on_are_refused(overlap):
+    with pytest.raises(ValueError, match="overlap is .*, expected at least 0 and less than 1"):
+        PrecisionSlidingWindowInferer(roi_size=(8, 8, 8), overlap=overlap)

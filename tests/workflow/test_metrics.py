@@ -20,6 +20,8 @@ def test_distance_of_what_is_not_there_is_finite() -> None:
     assert metric.aggregate().item() == pytest.approx(103 / 5)
     regions = BoundedHausdorff(missed=50)
     assert regions(torch.cat([cube, empty], 1), torch.cat([moved, cube], 1)).tolist() == [[3, 50]]
+    foreground = BoundedHausdorff(missed=50, include_background=False)
+    assert foreground(torch.cat([cube, empty], 1), torch.cat([moved, cube], 1)).tolist() == [[50]]
 
 
 def test_percentile_leaves_the_farthest_out() -> None:

@@ -53,8 +53,10 @@ def test_a_value_of_another_kind_is_refused(key: str, value: Any, expected: str)
         {"epochs": 1, "learning_rate": 1, "fold": -2, "cache_rate": 0, "num_workers": 0},
         {"amp": "True", "resume": "null", "patch_size": 32, "roi_size": (32, 32, 32)},
         {"epochs": "$2 * 3", "val_interval": "@epochs", "label_map": "freesurfer", "train#trainer#max_epochs": 1},
+        {"label_map": {"0": 0, "5": 1}},
+        {"label_map": {0: 0, 7: 2}},
     ],
-    ids=["numbers", "words", "expressions"],
+    ids=["numbers", "words", "expressions", "map", "map of the command line"],
 )
 def test_what_a_person_may_give_is_taken(overrides: dict[str, Any]) -> None:
     assert refused(TISSUE.folder, **{**SMALL, **overrides}).startswith("no such folder: ")

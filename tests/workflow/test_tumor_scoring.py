@@ -142,3 +142,9 @@ def test_a_resection_cavity_is_no_enhancing_tumour(tmp_path, monkeypatch):
     assert main([*command, "--output_dir", str(tmp_path / "out")]) == 0
     with open(tmp_path / "out" / "scores.csv", encoding="utf-8") as file:
         assert [(row["dice"], row["hd95"]) for row in csv.DictReader(file)] == [("1.0", "0.0")] * 3
+
+
+def test_cases_of_one_name_are_all_scored(folder):
+    """BraTS 2015 has brats_2013_pat0001_1 among both its high and its low grades."""
+    (folder / "test" / "pat2").rename(folder / "test" / "pat1")
+    assert list(find_scored_tumors(folder)) == ["test_pat1", "train_pat1"]
