@@ -25,6 +25,7 @@ from memnet.whole_files import NotWrittenError
 from memnet.workflow.allocation import keep_freed_memory
 from memnet.workflow.checkpoints import resumable
 from memnet.workflow.out_of_memory import is_out_of_memory, what_fits
+from memnet.workflow.processes import rank
 from memnet.workflow.settings import (
     build_without_memory,
     check_output_folder,
@@ -34,7 +35,7 @@ from memnet.workflow.settings import (
     read_words,
 )
 
-__all__ = ["bundle_root", "end", "hide_warnings_of_monai", "input_error", "refused_input", "start"]
+__all__ = ["bundle_root", "end", "hide_warnings_of_monai", "input_error", "rank", "refused_input", "start"]
 
 _PACKAGE = str(Path(__file__).parent)
 # what a system says of its disks and folders, of which no program is to blame

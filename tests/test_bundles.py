@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,17 +170,12 @@ def test_bundle_root_does_not_depend_on_the_working_directory(
 
 
 @bundles
-def test_one_process_of_several_reports_and_all_restore(bundle: Path) -> None:
-    config, of_several = (
-        json.loads((bundle / "configs" / f"{name}.json").read_text()) for name in ("train", "multi_gpu_train")
-    )
-    quiet: dict[str, set[int]] = {"train": set(), "validate": set()}
-    for key, value in of_several.items():
-        if key.endswith("#_disabled_"):
-            part, _, index, _ = key.split("#")
-            assert value == "$dist.get_rank() > 0"
-            quiet[part].add(int(index))
-    for part, indices in quiet.items():
-        targets = [handler["_target_"].rsplit(".")[-1] for handler in config[part]["handlers"]]
-        reporting = ("StatsHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler", "TrainingProgress")
-        assert indices == {i for i, target in enumerate(targets) if target in reporting}, (part, targets)
+def test_one_process_of_several_reports_whatever_handlers_a_host_adds(bundle: Path) -> None:
+    """Hosts put handlers of their own before the bundle's, MONAI Label one that loads weights: numbers would name others."""
+    configs = [json.loads((bundle / "configs" / f"{name}.json").read_text()) for name in ("train", "multi_gpu_train")]
+    reporting = {"StatsHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler", "TrainingProgress"}
+    for part in ("train", "validate"):
+        handlers = configs[0][part]["handlers"]
+        quiet = [h["_target_"] for h in handlers if h.get("_disabled_") == "$memnet.bundle.rank() > 0"]
+        assert quiet == [h["_target_"] for h in handlers if h["_target_"].rsplit(".")[-1] in reporting] != []
+    assert not [key for key in configs[1] if re.search(r"#\d", key)]

@@ -118,12 +118,20 @@ def find_series(path: str | Path) -> list[Path]:
 
 
 def _is_dicom(file: Path) -> bool:
+    if file.is_symlink() and not file.exists():
+        return False
     with guarded(file), file.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
+    been: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in been:  # a link to where the way came from, or a second one to the same folder
+            folders.clear()
+            continue
+        been.add(place)
         folders.sort()
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 

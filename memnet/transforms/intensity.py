@@ -11,7 +11,7 @@ from monai.transforms import MapTransform, ScaleIntensityRangePercentiles
 
 from memnet.metadata import plain_tensor
 
-__all__ = ["ScaleBraind", "ScaleModalitiesd", "scale_brain", "zero_background"]
+__all__ = ["BrighterThan", "ScaleBraind", "ScaleModalitiesd", "scale_brain", "zero_background"]
 
 _N_SAMPLES = 200_000
 
@@ -67,6 +67,17 @@ def scale_brain(
     low = low if middle > low else torch.zeros_like(low)
     scaled = (image - low) * (median / (middle - low).clamp(min=1e-12))
     return scaled.clamp_(0, 1).masked_fill_(image == 0, 0)
+
+
+class BrighterThan:
+    """Tell which voxels of an image are brighter than ``level``: a ``select_fn`` that processes can hand over."""
+
+    def __init__(self, level: float) -> None:
+        self.level = level
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Return bool of the image's shape."""
+        return image > self.level
 
 
 class ScaleBraind(MapTransform):

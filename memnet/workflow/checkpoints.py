@@ -17,6 +17,7 @@ from monai.engines import Evaluator
 from torch import nn
 
 from memnet.whole_files import remove_partial_files, whole_file
+from memnet.workflow.processes import rank
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader", "fitting_weights", "load_weights", "resumable"]
 
@@ -174,14 +175,14 @@ class TrainingCheckpoint:
     def _start(self, engine: Engine) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # others may still read weights that are put aside below
-        if _rank() == 0:
+        if rank() == 0:
             self.last.parent.mkdir(parents=True, exist_ok=True)
             _claim(self.last.parent)
             for file in (self.last, self.best):
                 remove_partial_files(file)
         if self.resume:
             self._restore(engine)
-        elif _rank() == 0:
+        elif rank() == 0:
             for file in (self.last, self.best):
                 if file.exists():
                     file.replace(file.with_suffix(".previous.pt"))
@@ -213,13 +214,13 @@ class TrainingCheckpoint:
 
     def _seed_epoch(self, engine: Engine) -> None:
         # processes of one training draw differently, epochs never share a seed
-        seed = (self.seed * 1_000_003 + engine.state.epoch * 1009 + _rank()) % 2**32
+        seed = (self.seed * 1_000_003 + engine.state.epoch * 1009 + rank()) % 2**32
         torch.manual_seed(seed)
         if self.random_transforms is not None:
             self.random_transforms.set_random_state(seed=seed)
 
     def _save(self, engine: Engine) -> None:
-        if _rank() != 0:
+        if rank() != 0:
             return
         evaluated = self.evaluator.state if self.evaluator is not None else None
         scaler = getattr(engine, "scaler", None)
@@ -239,7 +240,7 @@ class TrainingCheckpoint:
 
     def _finish(self, engine: Engine) -> None:
         _release(self.last.parent)
-        if _rank() != 0:
+        if rank() != 0:
             return
         if self.best.exists():
             logger.info("best weights: %s; to go on from: %s", self.best, self.last)
@@ -303,7 +304,3 @@ def _forget_claims() -> None:
 # processes that load data outlive one that is killed by some seconds, and would hold its lock
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_claims)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch import nn
 
 from memnet.whole_files import whole_file
+from memnet.workflow.processes import rank
 from memnet.workflow.provenance import bundle_metadata, provenance
 from memnet.workflow.report_panels import ReportedCase
 from memnet.workflow.unreadable import PassedOver
@@ -145,7 +145,7 @@ class ReportPage:
                 self.cases.append(self.panel(case, False))
 
     def _write(self, engine: Engine) -> None:
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        if rank() != 0:
             return
         metadata = bundle_metadata(self.bundle_root)
         title = f"{metadata.get('name', self.bundle_root.name)}: {'inference' if self.metrics_dir is None else 'evaluation'}"

@@ -43,6 +43,7 @@ class LabelReport:
     def attach(self, engine: Engine) -> None:
         """Attach to the evaluator whose postprocessing has saved ``pred`` with ``savepath_in_metadict``."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
+        engine.add_event_handler(Events.STARTED, self.rows.clear)
         engine.add_event_handler(Events.COMPLETED, self._write_table)
 
     def _report(self, engine: Engine) -> None:

@@ -215,9 +215,9 @@ def _agents(words: list[str], t1: int) -> set[int]:
 
 def _stem(path: str | Path) -> str:
     path, _ = split_uid(path)
-    name = path.name
     if path.is_dir():
-        return name
+        return path.name if path.name not in ("", ".", "..") else path.resolve().name
+    name = path.name
     return next((name[: -len(s)] for s in (*IMAGE_SUFFIXES, ".img") if name.lower().endswith(s)), Path(name).stem)
 
 
@@ -261,13 +261,17 @@ def _put_together(folder: Path, names: list[str], modality: str | None, pattern:
 
 def _unique_names(rows: Sequence[Row]) -> list[str]:
     paths = [next(p for p in row if p is not None) for row in rows]
-    names = [_stem(path) for path in paths]
+    split = [split_uid(path) for path in paths]
+    # a folder's series is named with its UID, whether or not another one is to be segmented now
+    names = [
+        _stem(path) + (f"_{uid}" if uid and folder.is_dir() else "")
+        for path, (folder, uid) in zip(paths, split, strict=True)
+    ]
     if len(set(names)) < len(names):
-        # subject_1/T1.nii.gz, subject_2/T1.nii.gz: the folder tells them apart, of a folder's DICOM series the UID
-        split = [split_uid(path) for path in paths]
+        # subject_1/T1.nii.gz, subject_2/T1.nii.gz: the folder tells them apart, of a 4D file the volume
         names = [
-            f"{path.absolute().parent.name}_{name}{f'_{uid}' if uid else ''}"
-            for (path, uid), name in zip(split, names, strict=True)
+            f"{path.absolute().parent.name}_{name}{f'_{part}' if part and not path.is_dir() else ''}"
+            for (path, part), name in zip(split, names, strict=True)
         ]
     for name in names:
         if names.count(name) > 1:

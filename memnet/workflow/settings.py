@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,7 +93,8 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
 def read_words(workflow: ConfigWorkflow) -> None:
     """Take ``--resume true`` for what it says, ``--dataset_dir 100307`` for a folder's name, ``--tile 16`` for a list of it.
 
-    The command line knows ``True`` alone and would pass the word on, and makes a number of what looks like one.
+    The command line knows ``True`` alone and would pass the word on, and makes a number of what looks like one: 20241129153000 of
+    a folder called 20241129_153000. Of files and folders ``~`` is the home folder.
     """
     words = {"true": True, "false": False, "null": None, "none": None}
     config, shipped = workflow.parser.get(), _shipped_configs(workflow.config_root_path)
@@ -104,8 +106,11 @@ def read_words(workflow: ConfigWorkflow) -> None:
                 workflow.parser["#".join([*path, key])] = [value] * len(known[0])
             elif isinstance(value, str) and value.lower() in words:
                 workflow.parser["#".join([*path, key])] = words[value.lower()]
-            elif not path and _PLACES.fullmatch(key) and _all_are((int,), [value]):
-                workflow.parser[key] = str(value)
+            elif not path and _PLACES.fullmatch(key):
+                if _all_are((int, float), [value]):
+                    value = _as_typed(key, sys.argv) or str(value)
+                if isinstance(value, str):
+                    workflow.parser[key] = os.path.expanduser(value)
 
 
 def check_values(workflow: ConfigWorkflow) -> None:
@@ -218,6 +223,13 @@ def _expected(key: str, value: Any, known: Sequence[Any]) -> str | None:
 def _are_numbers(known: Sequence[Any]) -> bool:
     """Tell whether all configs that have a setting have a list of numbers there."""
     return bool(known) and all(isinstance(k, list) and k and _all_are((int, float), k) for k in known)
+
+
+def _as_typed(key: str, arguments: Sequence[str]) -> str | None:
+    """Return the word that a command line has for a setting, or ``None`` if it has none."""
+    words = [b for a, b in pairwise(arguments) if a == f"--{key}"]
+    words += [a.split("=", 1)[1] for a in arguments if a.startswith(f"--{key}=")]
+    return words[-1] if words else None
 
 
 def _all_are(types: tuple[type, ...], values: Sequence[Any]) -> bool:

@@ -206,6 +206,8 @@ def test_what_is_no_image_beside_the_only_series_does_not_matter(values: np.ndar
     write_series(tmp_path, values)
     write_series(tmp_path / "seg", values, series="1.2.3.41", change=setting(SOPClassUID=SegmentationStorage))
     (tmp_path / "README").write_text("a")
+    (tmp_path / "broken.txt").symlink_to("nowhere")
+    (tmp_path / "round").symlink_to(tmp_path, target_is_directory=True)
     directory = pydicom.Dataset()
     directory.file_meta = pydicom.dataset.FileMetaDataset()
     directory.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
@@ -218,9 +220,15 @@ def test_what_is_no_image_beside_the_only_series_does_not_matter(values: np.ndar
     file = next(tmp_path.glob("*.dcm"))
     (tmp_path / "again").write_bytes(file.read_bytes())
     np.testing.assert_array_equal(read_volume(tmp_path)[0], values)
+    links = tmp_path.with_name("links")
+    links.mkdir()
+    (links / "scan").symlink_to(tmp_path, target_is_directory=True)
+    np.testing.assert_array_equal(read_volume(links)[0], values)
 
 
-def test_series_are_listed_as_files_are(values: np.ndarray, write_nifti: Callable[..., Path], tmp_path: Path) -> None:
+def test_series_are_listed_as_files_are(
+    values: np.ndarray, write_nifti: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "scans"
     for name in ("a.1_T1w", "a.1_T2w", "b_T1w"):
         write_series(folder / name, values)
@@ -232,8 +240,10 @@ def test_series_are_listed_as_files_are(values: np.ndarray, write_nifti: Callabl
     assert [case["output_name"] for case in cases] == ["a.1_T1w", "b_T1w"]
 
     series = [f"{folder / 'b_T1w'}:1.2.3.4", f"{folder / 'b_T1w'}:1.2.3.5"]
-    assert [case["output_name"] for case in find_scans(image=series[:1])] == ["b_T1w"]
-    assert [c["output_name"] for c in find_scans(image=series)] == ["scans_b_T1w_1.2.3.4", "scans_b_T1w_1.2.3.5"]
+    assert [case["output_name"] for case in find_scans(image=series[:1])] == ["b_T1w_1.2.3.4"]
+    assert [c["output_name"] for c in find_scans(image=series)] == ["b_T1w_1.2.3.4", "b_T1w_1.2.3.5"]
+    monkeypatch.chdir(folder / "b_T1w")
+    assert [c["output_name"] for c in find_scans(image=".")] == ["b_T1w"]
     with pytest.raises(ValueError, match="no such file"):
         find_scans(image=f"{folder / 'absent'}:1.2.3")
     # a folder a patient, a folder a modality

@@ -142,3 +142,24 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
             check_output_folder(folder)
     check_output_folder(tmp_path / "new" / "deeper")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("20241129_153000", 20241129153000), ("1e5", 1e5), ("1.0", 1.0), ("007", 7)]
+)
+def test_a_folder_is_what_was_typed(argument: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = str(TISSUE.folder / "configs" / "train.json")
+    for typed in (["--output_dir", argument], [f"--output_dir={argument}"]):
+        monkeypatch.setattr("sys.argv", ["run", "training", *typed])
+        workflow = ConfigWorkflow(config, workflow_type="training", output_dir=value)
+        read_words(workflow)
+        assert workflow.parser["output_dir"] == argument
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    workflow = ConfigWorkflow(
+        str(TISSUE.folder / "configs" / "train.json"), workflow_type="training", output_dir="~/scores"
+    )
+    read_words(workflow)
+    assert workflow.parser["output_dir"] == str(tmp_path / "scores")
