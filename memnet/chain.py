@@ -1,19 +1,20 @@
 """A chain of blocks whose memory strategy says what backpropagation keeps."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from monai.data import MetaTensor
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from memnet import strategies
 from memnet.budget import FitBeforehand, fit_to_budget, parse_bytes
 from memnet.grid import as_stream, check_range, magnitude, round_to_grid
 from memnet.invertible import Invertible, Recorded
 from memnet.metadata import plain_tensor
-from memnet.recompute import Gradients, accumulate, pack
+from memnet.recompute import Gradients, accumulate, is_watched, pack
 from memnet.strategies import unpack
 from memnet.tracing import is_traced
 from memnet.witness import some_values
@@ -63,7 +64,8 @@ class Chain(nn.ModuleList):
 
     Warns:
         UserWarning: under ``invert``, a stream is not finite or leaves the range of its grid (see :mod:`memnet.grid`), in
-            which inversion is exact. That step runs, once more, with ``checkpoint``: exact too, in more memory. Under
+            which inversion is exact. That step runs, once more, with ``checkpoint``: exact too, in more memory. So does a
+            step where a block has hooks, or a ``forward`` of its own, which ``invert`` does not call. Under
             ``auto``, the budget is too small even where nothing is stored.
 
     References:
@@ -152,9 +154,11 @@ class Chain(nn.ModuleList):
             The last block's tensor, or tuple of tensors.
 
         Raises:
-            ValueError: a strategy other than ``store`` meets blocks that are sharded one by one, or DataParallel.
+            ValueError: a strategy other than ``store`` meets blocks that are sharded one by one, or DataParallel; parameters are
+                in half precision without autocast, or were never initialized.
         """
         self.fraction_bits = _shared_grid(self)  # of blocks that were added since, too
+        _require_full_precision(self)
         if self.memory == "store" or not _differentiates(self, state):
             return unpack(self._run(*state))
         _require_whole_parameters(self)
@@ -162,10 +166,28 @@ class Chain(nn.ModuleList):
             fit_to_budget(self, self.memory_budget, state)
         template = next((x for x in state if isinstance(x, MetaTensor)), None)
         plain = [plain_tensor(x) for x in state]
-        outputs = getattr(strategies, self.memory)(self, plain)
+        outputs = getattr(strategies, self._strategy())(self, plain)
         if template is not None:
             outputs = tuple(MetaTensor(y).copy_meta_from(template) for y in outputs)
         return unpack(outputs)
+
+    def _strategy(self) -> str:
+        """Return the strategy of this step: blocks that ``invert`` would not call as they are, are called."""
+        if self.memory not in ("invert", "auto"):
+            return self.memory
+        for i, block in enumerate(_blocks_within(self)):
+            if not isinstance(block, Invertible):
+                if self.memory == "invert":
+                    raise ValueError(f'memory="invert" needs invertible blocks, one is a {type(block).__name__}')
+                continue
+            if is_watched(block) or type(block).forward is not Invertible.forward or "forward" in vars(block):
+                warnings.warn(
+                    f'memory="{self.memory}" does not call its blocks, and block {i}, a {type(block).__name__}, has hooks or a '
+                    'forward method of its own; such a step is trained with memory="checkpoint".',
+                    stacklevel=3,
+                )
+                return "checkpoint"
+        return self.memory
 
     @torch.jit.unused
     def inverse(self, *state: torch.Tensor) -> Any:
@@ -282,10 +304,19 @@ def _testify(witness: torch.Tensor, state: Sequence[torch.Tensor]) -> None:
     warnings.warn(
         f"a chain's inversion brought back other numbers than its forward pass computed, by up to "
         f"{(found - witness).abs().max():.1e}: a recomputation ran other kernels, as where a GPU is too full for the workspace "
-        'of its library\'s first choice. The gradients of this step are inexact; memory="checkpoint" does not rely on it.',
+        "of its library's first choice, a block's branch is no function of its input, or a block's inverse is approximate, which "
+        'its exact=False would say. The gradients of this step are inexact; memory="checkpoint" does not rely on it.',
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def _blocks_within(chain: Chain) -> Iterator[nn.Module]:
+    for block in chain:
+        if isinstance(block, Chain):
+            yield from _blocks_within(block)
+        else:
+            yield block
 
 
 def _shared_grid(chain: Chain) -> int | None:
@@ -296,12 +327,34 @@ def _shared_grid(chain: Chain) -> int | None:
     return bits.pop() if bits else None
 
 
+def _require_full_precision(chain: Chain) -> None:
+    first = next(chain.parameters(), None)
+    half = (torch.float16, torch.bfloat16)
+    if (
+        first is None
+        or isinstance(first, UninitializedParameter)
+        or first.dtype not in half
+        or chain.fraction_bits is None
+    ):
+        return
+    if not torch.is_autocast_enabled(first.device.type):
+        kind = str(first.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"parameters are in {kind}, while the streams of a chain stay in float32: keep parameters in float32 and run the "
+            f"network under torch.autocast({first.device.type!r}, torch.{kind})"
+        )
+
+
 def _require_whole_parameters(chain: Chain) -> None:
     if getattr(chain, "_is_replica", False):  # whose parameters are attributes like any others
         raise ValueError(
             f'memory="{chain.memory}" needs DistributedDataParallel in place of DataParallel, or memory="store"'
         )
     for name, parameter in chain.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"{name} of a lazy module is not there yet; call the network once under torch.no_grad() first"
+            )
         if hasattr(parameter, "full_tensor"):  # FSDP2's DTensor, which a block's own hooks would gather too late
             raise ValueError(
                 f'{name} is sharded. memory="{chain.memory}" needs a chain\'s parameters at once: apply fully_shard to the '

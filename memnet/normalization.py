@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from memnet.recompute import is_watched
 from memnet.tracing import is_traced
 
 __all__ = ["NormLeakyReLU", "activate", "run_in_place", "slabs", "wide"]
@@ -179,7 +180,7 @@ def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def run_in_place(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Call a module; leaky ReLUs of a sequence write over what the layer before returned where that does not need it."""
-    if type(module) is not nn.Sequential or _is_watched(module):
+    if type(module) is not nn.Sequential or not _is_plain(module):
         return module(x)
     for before, layer in pairwise([None, *module]):
         x = activate(layer, x, before) if _may_overwrite(before, layer) else run_in_place(layer, x)
@@ -194,15 +195,18 @@ def activate(activation: Any, x: torch.Tensor, before: nn.Module | None) -> torc
 
 
 def _may_overwrite(before: Any, after: Any) -> bool:
-    if type(after) is not nn.LeakyReLU or after.negative_slope < 0:
+    if type(after) is not nn.LeakyReLU or after.negative_slope < 0 or not _is_plain(after):
         return False
-    if not isinstance(before, nn.GroupNorm | _NormBase | _ConvNd):
-        return False
-    return not (before._forward_hooks or _is_watched(after))
+    # a subclass may compute what it returns by an operation that needs it for its gradient
+    is_known = isinstance(before, nn.GroupNorm | _NormBase | _ConvNd) and type(before).forward.__module__.startswith(
+        "torch."
+    )
+    return is_known and "forward" not in vars(before) and not before._forward_hooks
 
 
-def _is_watched(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+def _is_plain(module: nn.Module) -> bool:
+    """Tell whether calling a module does what its class does: no hooks, no other ``forward``, not compiled."""
+    return not is_watched(module) and "forward" not in vars(module) and module._compiled_call_impl is None
 
 
 def _overwrite(x: torch.Tensor, slope: float) -> torch.Tensor:

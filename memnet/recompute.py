@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Guarded", "Replay", "SideEffects", "guarded", "pack", "replay_with_grad"]
+__all__ = ["Guarded", "Replay", "SideEffects", "accumulate", "guarded", "is_watched", "pack", "replay_with_grad"]
+
+_SMALL = 2**14  # bytes of a buffer of which a copy is kept in any case
 
 Gradients = dict[nn.Parameter, torch.Tensor]
 PullBack = Callable[[Sequence[torch.Tensor | None]], tuple[list[torch.Tensor | None], Gradients]]
@@ -17,12 +19,12 @@ PullBack = Callable[[Sequence[torch.Tensor | None]], tuple[list[torch.Tensor | N
 class Replay:
     """One call of a module, remembered well enough to be repeated bit for bit.
 
-    The first call notes the parameters, the autocast state, the inputs' strides, which modules are in training mode
-    and the buffers of these (batch statistics, power iterations), and the state of the random generators if the call drew
-    from them. A repetition runs under all of these, leaves the module's buffers and the global random state untouched, and
-    uses aliases of the parameters, so that hooks registered on parameters see one gradient a step and not two. In neither
-    does cuDNN measure which of its algorithms is the fastest (``torch.backends.cudnn.benchmark``). While it runs, the module
-    holds the aliases: one thread at a time may train it.
+    The first call notes the parameters, the autocast state, the inputs' strides, which modules are in training mode, the
+    buffers that the call may have changed (batch statistics, power iterations, counters), and the state of the random
+    generators if the call drew from them. A repetition runs under all of these, leaves the module's buffers and the global
+    random state untouched, and uses aliases of the parameters, so that hooks registered on parameters see one gradient a
+    step and not two. In neither does cuDNN measure which of its algorithms is the fastest
+    (``torch.backends.cudnn.benchmark``). While it runs, the module holds the aliases: one thread at a time may train it.
 
     Args:
         module: the module to call.
@@ -35,6 +37,7 @@ class Replay:
         self._autocast: list[tuple[str, bool, torch.dtype]] = []
         self._strides: list[tuple[int, ...] | None] = []
         self._buffers: dict[str, torch.Tensor] = {}
+        self._unchanged: dict[str, tuple[torch.Tensor, int]] = {}
         self._statistics: list[str] = []
         self._random: tuple[torch.Tensor, dict[int, torch.Tensor]] | None = None
 
@@ -52,8 +55,9 @@ class Replay:
         # Noted now, not looked up later: inside the repetition of a surrounding chain these are that chain's aliases.
         self._parameters = {name: (p, p._version) for name, p in _named_parameters(self.module)}
         self._modes = [(child, child.training) for child in self.module.modules()]
-        self._buffers = _training_buffers(self.module, statistics=False)
-        self._statistics = [name for name in _training_buffers(self.module) if name not in self._buffers]
+        buffers = {name: (b, _version(b)) for name, b, is_statistic in _named_buffers(self.module) if not is_statistic}
+        self._buffers = {name: buffer.clone() for name, (buffer, _) in buffers.items()}
+        self._statistics = [name for name, _, is_statistic in _named_buffers(self.module) if is_statistic]
         before = _random_state(inputs)
         with _without_autocast_cache(), _unmeasured_convolutions():
             yield
@@ -62,6 +66,15 @@ class Replay:
             not torch.equal(before[1][d], after[1][d]) for d in before[1]
         )
         self._random = before if drew else None
+        # Of a large buffer that the call left alone, such as a table of positions, no copy is kept. Small ones are, since a
+        # kernel may write without telling, as batch norm's does.
+        self._unchanged = {
+            name: (buffer, version)
+            for name, (buffer, version) in buffers.items()
+            if buffer.nbytes > _SMALL and not buffer.is_inference() and buffer._version == version
+        }
+        for name in self._unchanged:
+            del self._buffers[name]
 
     def again(
         self, *inputs: torch.Tensor, aliases: dict[nn.Parameter, torch.Tensor] | None = None
@@ -73,7 +86,7 @@ class Replay:
             aliases: tensors to use in place of the parameters; the missing ones are made and added.
 
         Raises:
-            RuntimeError: a parameter was changed since the first call.
+            RuntimeError: a parameter, or a large buffer, was changed since the first call.
         """
         aliases = {} if aliases is None else aliases
         substitutes: dict[str, torch.Tensor] = {}
@@ -86,6 +99,12 @@ class Replay:
             if parameter not in aliases:
                 aliases[parameter] = parameter.detach().requires_grad_(parameter.requires_grad)
             substitutes[name] = aliases[parameter]
+        for name, (buffer, version) in self._unchanged.items():
+            if buffer._version != version:
+                raise RuntimeError(
+                    f"buffer {name} was changed in place between the forward and the backward pass, which needs it as it was."
+                )
+            substitutes[name] = buffer
         substitutes |= {name: buffer.clone() for name, buffer in self._buffers.items()}
         substitutes |= {name: self.module.get_buffer(name).clone() for name in self._statistics}
         # Other strides are another order of summation, which an inverse that came by another way may have brought along.
@@ -114,7 +133,7 @@ class SideEffects:
 
     def __init__(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
         self._module = module
-        self._buffers = _training_buffers(module)
+        self._buffers = {name: buffer.clone() for name, buffer, _ in _named_buffers(module)}
         self._random = _random_state(inputs)
 
     def undo(self) -> None:
@@ -184,6 +203,11 @@ def accumulate(total: Gradients, more: Gradients) -> None:
         total[parameter] = total[parameter] + gradient if parameter in total else gradient
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Tell whether a module has hooks of its own."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 def guarded(module: nn.Module, *inputs: torch.Tensor, run: Callable[..., Any] = nn.Module.__call__) -> Any:
     """Call a module, or another function of it and the inputs, so that the inputs survive.
 
@@ -246,15 +270,17 @@ def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{prefix}.{name}" if prefix else name, parameter
 
 
-def _training_buffers(module: nn.Module, statistics: bool = True) -> dict[str, torch.Tensor]:
-    """Copy the buffers that a call may change; without batch norm's statistics, which do not change what it computes."""
-    kinds = () if statistics else (_BatchNorm,)
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer.clone()
-        for prefix, child in module.named_modules()
-        if child.training and not isinstance(child, kinds)
-        for name, buffer in child.named_buffers(recurse=False)
-    }
+def _named_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Yield the buffers that a call may change, and whether they are batch norm's statistics in training.
+
+    Those do not change what the call computes; in evaluation they do not change at all.
+    """
+    for prefix, child in module.named_modules():
+        is_norm = isinstance(child, _BatchNorm)
+        if is_norm and not child.training:
+            continue
+        for name, buffer in child.named_buffers(recurse=False):
+            yield f"{prefix}.{name}" if prefix else name, buffer, is_norm
 
 
 @contextmanager

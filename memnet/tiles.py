@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+from monai.data import MetaTensor
+from monai.utils import ensure_tuple
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd
 
+from memnet.metadata import plain_tensor
 from memnet.normalization import NormLeakyReLU, activate, slabs, wide
 from memnet.recompute import Gradients, Replay, accumulate, replay_with_grad
 from memnet.tracing import is_traced
@@ -36,8 +41,8 @@ def run_in_tiles(module: nn.Module, x: torch.Tensor, halo: int, size: Sequence[i
     """Apply a module whose output depends on a neighbourhood of the input alone in tiles, with the halo they need.
 
     Output and gradients are the module's own to rounding, at the image's border, too, where the module's padding acts.
-    Backpropagation keeps the input, and computes each tile again. Batch statistics and instance norm see more than a
-    neighbourhood: a module that has them must not be tiled (but see :class:`TiledCall`).
+    Backpropagation keeps the input, and computes each tile again. Norms see more than a neighbourhood (but see
+    :class:`TiledCall`), and what changes the resolution sees another one in a tile that begins elsewhere.
 
     Args:
         module: from ``(B, C, *dims)`` to ``(B, C', *dims)``.
@@ -50,18 +55,38 @@ def run_in_tiles(module: nn.Module, x: torch.Tensor, halo: int, size: Sequence[i
         The module's output.
 
     Raises:
-        ValueError: ``halo`` or ``size`` is negative, there are more sizes than dimensions, or a convolution pads one side with
-            the other (``padding_mode="circular"``).
+        ValueError: ``halo`` or ``size`` is negative, there are more sizes than dimensions, a convolution pads one side with the
+            other (``padding_mode="circular"``), or the module has a norm over the image or the batch, a stride or another
+            change of resolution.
     """
     call = TiledCall(module, x.shape, size, halo)
     if len(call) == 1 or is_traced():
         return module(x)
-    if any(getattr(part, "padding_mode", None) == "circular" for part in module.modules()):
+    for part in module.modules():
+        _require_local(part)
+    parameters = list(module.parameters())
+    y = _Tiled.apply(call, parameters, plain_tensor(x), *parameters)
+    return MetaTensor(y).copy_meta_from(x) if isinstance(x, MetaTensor) else y
+
+
+def _require_local(part: nn.Module) -> None:
+    """Refuse a layer whose output in a tile is another than in the whole image."""
+    if getattr(part, "padding_mode", None) == "circular":
         raise ValueError(
             'a convolution with padding_mode="circular" sees the other side of the image, which a tile lacks'
         )
-    parameters = list(module.parameters())
-    return _Tiled.apply(call, parameters, x, *parameters)
+    name = type(part).__name__
+    if isinstance(part, nn.GroupNorm | _InstanceNorm) and not (
+        isinstance(part, _InstanceNorm) and part.track_running_stats and not part.training
+    ):
+        raise ValueError(f"{name} sees the whole image, a tile would be normalised by what is in it alone")
+    if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
+        raise ValueError(f"{name} in training sees the whole image, a tile would be normalised by what is in it alone")
+    strides = getattr(part, "stride", 1)
+    if isinstance(
+        part, nn.Upsample | nn.PixelShuffle | nn.PixelUnshuffle | _AdaptiveAvgPoolNd | _AdaptiveMaxPoolNd
+    ) or any(s != 1 for s in ensure_tuple(strides) if isinstance(s, int)):
+        raise ValueError(f"{name} changes the resolution, by what depends on where a tile begins")
 
 
 def require_tileable(branch: nn.Module) -> None:

@@ -298,3 +298,45 @@ def test_complex_streams_need_no_witness():
     x = torch.rand(2, 4, 5, dtype=torch.complex64, requires_grad=True)
     chain(x).abs().sum().backward()
     assert torch.equal(x.grad, torch.sgn(x.detach()))
+
+
+def test_blocks_with_hooks_or_a_forward_of_their_own_are_called_under_invert():
+    class Doubled(AdditiveCoupling):
+        def forward(self, *state):
+            return tuple(2 * x for x in super().forward(*state))
+
+    hooked, seen = couplings(3), []
+    hooked[1].register_forward_hook(lambda _, __, outputs: [seen.append(1), tuple(2 * x for x in outputs)][1])
+    overridden = Chain([Doubled(branch(), branch()) for _ in range(2)])
+    for chain in (hooked, overridden):
+        inputs = streams()
+        with pytest.warns(UserWarning, match='does not call its blocks.*trained with memory="checkpoint"'):
+            found = step(chain, inputs, "invert")
+        assert differing(found, step(chain, inputs, "store")) == []
+    assert seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameters_in_half_precision_are_refused_in_a_sentence(dtype):
+    chain, inputs = couplings(2).to(dtype), streams(dtype=dtype)
+    for memory in ("store", *MEMORIES):
+        chain.memory = memory
+        with pytest.raises(ValueError, match=r"keep parameters in float32 and run the network under torch\.autocast"):
+            chain(*inputs)
+
+
+def test_lazy_modules_are_told_to_be_initialized():
+    chain = Chain([AdditiveCoupling(nn.LazyConv1d(3, 1), nn.LazyConv1d(3, 1))], memory="checkpoint")
+    with pytest.raises(ValueError, match="lazy module.*call the network once under torch.no_grad"):
+        chain(*streams())
+    with torch.no_grad():
+        chain(*streams())
+    assert differing(step(chain, inputs := streams(), "invert"), step(chain, inputs, "store")) == []
+
+
+def test_a_block_that_was_added_since_and_cannot_be_inverted_is_named():
+    chain = couplings(1)
+    chain.memory = "invert"
+    chain.append(nn.Identity())
+    with pytest.raises(ValueError, match="needs invertible blocks.*Identity"):
+        chain(*streams())

@@ -8,7 +8,7 @@ from monai.data import MetaTensor
 from monai.networks.blocks import ADN
 from torch import nn
 
-from memnet.normalization import NormLeakyReLU
+from memnet.normalization import NormLeakyReLU, run_in_place
 
 
 def _pair(channels=3, spatial_dims=3):
@@ -124,3 +124,33 @@ def test_metatensor_stays_one():
 def test_one_voxel_is_refused():
     with pytest.raises(ValueError, match=r"more than one voxel.*\(1, 3, 1, 1\)"):
         _pair(3, 2)[0](torch.zeros(1, 3, 1, 1))
+
+
+class Squashed(nn.Conv1d):
+    """Its output is needed for its gradient."""
+
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+def test_activations_write_over_nothing_that_is_not_theirs():
+    """Of a subclass that needs its output, of a method that was replaced, of what was compiled."""
+    x = torch.randn(1, 2, 8)
+    subclass = nn.Sequential(Squashed(2, 2, 1), nn.LeakyReLU(0.2))
+    patched = nn.Sequential(nn.Conv1d(2, 2, 1), nn.LeakyReLU(0.2))
+    patched[1].forward = lambda t: 5 * t
+    outer = nn.Sequential(nn.Conv1d(2, 2, 1), nn.LeakyReLU(0.2))
+    outer.forward = lambda t: 7 * t
+    compiled, calls = nn.Sequential(nn.Conv1d(2, 2, 1), nn.LeakyReLU(0.2)), []
+    compiled._compiled_call_impl = lambda t: [calls.append(1), compiled.forward(t)][1]
+    for module in (subclass, patched, outer, compiled):
+        (expected, wanted), (found, got) = (_through(run, module, x) for run in (type(module).__call__, run_in_place))
+        assert torch.equal(found, expected) and torch.equal(got, wanted)
+    assert len(calls) == 2
+
+
+def _through(run, module, x):
+    x = x.clone().requires_grad_()
+    y = run(module, x)
+    y.square().sum().backward()
+    return y.detach(), x.grad

@@ -303,3 +303,35 @@ def test_a_convolution_that_sees_the_other_side_is_refused():
     assert torch.equal(run_in_tiles(convolution, x, 1, (0,)), convolution(x))
     with pytest.raises(ValueError, match="circular"):
         run_in_tiles(convolution, x, 1, (4,))
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        (nn.InstanceNorm2d(2), "InstanceNorm2d sees the whole image"),
+        (nn.GroupNorm(1, 2), "GroupNorm sees the whole image"),
+        (nn.BatchNorm2d(2), "BatchNorm2d in training sees the whole image"),
+        (nn.MaxPool2d(2), "MaxPool2d changes the resolution"),
+        (nn.Conv2d(2, 2, 2, stride=2), "Conv2d changes the resolution"),
+        (nn.Upsample(scale_factor=2), "Upsample changes the resolution"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_layers_that_a_tile_would_change_are_refused(layer, told):
+    with pytest.raises(ValueError, match=told):
+        run_in_tiles(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), layer), torch.rand(1, 2, 16, 16), 1, (8,))
+
+
+def test_batch_norm_in_evaluation_is_local():
+    module = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)).eval()
+    x = torch.rand(1, 2, 16, 16)
+    torch.testing.assert_close(run_in_tiles(module, x, 1, (8,)), module(x))
+
+
+def test_metadata_go_through_tiles():
+    module, x = network(), torch.rand(1, 2, 16, 16)
+    meta = MetaTensor(x, affine=torch.diag(torch.tensor([2.0, 1, 1, 1])))
+    for given in (meta, meta.clone().requires_grad_()):
+        y = run_in_tiles(module, given, 3, (8,))
+        assert isinstance(y, MetaTensor) and torch.equal(y.affine, meta.affine)
+        torch.testing.assert_close(y.as_tensor(), module(x))
