@@ -156,7 +156,10 @@ class Chain(nn.ModuleList):
         Raises:
             ValueError: a strategy other than ``store`` meets blocks that are sharded one by one, or DataParallel; parameters are
                 in half precision without autocast, or were never initialized.
+            TypeError: something of the state is no tensor.
         """
+        if not all(isinstance(x, torch.Tensor) for x in state):
+            raise TypeError(f"a chain's state is tensors, got {', '.join(type(x).__name__ for x in state)}")
         self.fraction_bits = _shared_grid(self)  # of blocks that were added since, too
         _require_full_precision(self)
         if self.memory == "store" or not _differentiates(self, state):

@@ -1,6 +1,7 @@
 """The command line ``python -m memnet <command>``; bundles run by ``python -m monai.bundle``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,6 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hide_warnings_of_monai()
     try:
         chosen.function(chosen)
+        sys.stdout.flush()
+    except (
+        BrokenPipeError
+    ):  # of a reader that has read enough, such as head; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         found = input_error(error)
         if found is None:

@@ -74,6 +74,10 @@ class AdditiveCoupling(Invertible):
     @torch.jit.export
     def plain(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
         """Map ``[x1, x2, *rest]`` to ``[y1, y2, *rest]``, each stream ``(B, C, ...)``."""
+        if len(state) < 2:
+            raise ValueError(
+                "a coupling needs two streams; begin the chain with ChannelSplit to make them of one tensor"
+            )
         x1, x2 = as_stream(state[0]), as_stream(state[1])
         if torch.jit.is_scripting():
             y1 = add_on_grid(x1, self.f(x2), self.fraction_bits)
@@ -101,6 +105,10 @@ class AdditiveCoupling(Invertible):
     @torch.jit.unused
     def record(self, *state: torch.Tensor) -> Recorded:
         """See :meth:`memnet.Invertible.record`."""
+        if len(state) < 2:
+            raise ValueError(
+                "a coupling needs two streams; begin the chain with ChannelSplit to make them of one tensor"
+            )
         x1, x2, *rest = state
         if self.tile is not None:
             return self.record_over(x1.clone(), x2.clone(), *rest)

@@ -1,5 +1,6 @@
 """The fixed grid on which additions of floating-point numbers, and so their inverses, are exact."""
 
+import math
 from typing import Any
 
 import torch
@@ -172,6 +173,8 @@ def check_range(magnitudes: list[torch.Tensor], shares: list[torch.Tensor], frac
     limit = stream_limit(fraction_bits)
     most = [torch.stack([x.double() for x in found]).amax() for found in (magnitudes, shares) if found]
     largest, share = [*torch.stack(most).tolist(), 0.0][:2]  # one look for both
+    if not math.isfinite(largest):
+        raise OutOfRangeError("a residual stream is not finite")
     if not largest < limit:
         raise OutOfRangeError(f"a residual stream left the range +-{limit:g} of fraction_bits={fraction_bits}")
     if not share <= 1:

@@ -129,7 +129,8 @@ class OrthogonalMixing(nn.Module):
         if transposed:
             q = q.transpose(1, 2)
         # contiguous, since the products' last bits depend on the strides, and an inverse must have the same
-        return (q @ x.contiguous().reshape(x.shape[0], q.shape[0], q.shape[1], -1)).reshape(x.shape)
+        n_others = x.numel() // max(1, x.shape[0] * q.shape[0] * q.shape[1])
+        return (q @ x.contiguous().reshape(x.shape[0], q.shape[0], q.shape[1], n_others)).reshape(x.shape)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def invert(chain: Chain, state: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     except OutOfRangeError as error:
         warnings.warn(
             f'{error}; such a step is trained with memory="checkpoint", which is as exact and needs more memory. A lower '
-            "learning rate, normalised branches or a coarser grid (smaller fraction_bits) keep streams in range.",
+            "learning rate, normalised branches or a coarser grid (smaller fraction_bits) keep finite streams in range.",
             stacklevel=2,
         )
     before.undo()

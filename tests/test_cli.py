@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,15 @@ def test_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("memnet.workflow.scoring._run", broken)
     with pytest.raises(ValueError, match="outside"):
         main(["score-tissue", "--dataset_dir", "anywhere"])
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
+    config = tmp_path / "train.json"
+    config.write_text(
+        '{"network_def": {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 1, "kernel_size": 3}}'
+    )
+    command = [sys.executable, "-m", "memnet", "plan", "--config_file", str(config), "--precision", "float32"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""

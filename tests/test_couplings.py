@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from checks import branch, check_flat_memory, check_gradients, check_parity, check_round_trip, couplings, streams
+from checks import (
+    MEMORIES,
+    branch,
+    check_flat_memory,
+    check_gradients,
+    check_parity,
+    check_round_trip,
+    couplings,
+    streams,
+)
 from torch import nn
 
 from memnet import AdditiveCoupling, Chain, ChannelMerge, ChannelSplit
@@ -72,3 +81,13 @@ def test_memory_of_split_and_merge_is_flat_in_depth():
         return Chain([ChannelSplit(), AdditiveCoupling(branch(4), branch(4)), ChannelMerge()])
 
     check_flat_memory(block, streams(1, 8, 20000, n=1))
+
+
+@pytest.mark.parametrize("memory", ["store", *MEMORIES])
+def test_one_stream_is_told_how_to_become_two(memory):
+    chain = couplings(2)
+    chain.memory = memory
+    with pytest.raises(ValueError, match="needs two streams.*ChannelSplit"):
+        chain(torch.rand(1, 3, 5))
+    with pytest.raises(TypeError, match="state is tensors, got Tensor, NoneType"):
+        chain(torch.rand(1, 3, 5), None)

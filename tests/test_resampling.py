@@ -271,3 +271,7 @@ def test_looks_at_the_range_once_a_chain(monkeypatch, n_levels):
     chain = Chain([*blocks, AdditiveCoupling(*[branch(4 * 2**n_levels, 1) for _ in range(2)])], "invert")
     chain(*[torch.ones(1, 4, 16, requires_grad=True) for _ in range(2)])
     assert looks == ["tolist"]
+
+
+def test_a_batch_of_none_is_resampled():
+    assert InvertibleDownsample(2, 4)(torch.zeros(0, 4, 8, 8)).shape == (0, 16, 4, 4)

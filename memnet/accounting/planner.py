@@ -175,7 +175,13 @@ class TrainingStep:
     def overrides(self, plan: Plan) -> str:
         """Return the overrides that make the config's training this step, to paste."""
         known = self._content.get("patch_size")
-        patch = f'--patch_size "{list(plan.patch)}"' if not isinstance(known, int) else f"--patch_size {plan.patch[0]}"
+        if known is None and not self._packed:
+            sides = " x ".join(map(str, plan.patch))
+            patch = f"a patch of {sides}, with"
+        else:
+            patch = (
+                f'--patch_size "{list(plan.patch)}"' if not isinstance(known, int) else f"--patch_size {plan.patch[0]}"
+            )
         if self._packed:
             patch = f"--{'n_frames' if 'n_frames' in self._content else 'slab_size'} {plan.patch[0]}"
         memory_id = f"{self._network_id}#memory"
@@ -240,7 +246,7 @@ def largest_patch(
     def plan_side(side: int) -> Plan:
         return step.plan(memory, precision, [n or side for n in shape], batch)
 
-    side, least = 8 * multiple, multiple  # the largest that fits so far
+    side, least = 8 * multiple, multiple  # the largest that fits so far, or is too small for the network
     most: int | None = None  # the smallest that does not
     best: Plan | None = None
     last: Plan | None = None
@@ -262,7 +268,17 @@ def largest_patch(
         fitting = voxels + (budget - plan.total) / slope if slope > 0 else 8 * voxels
         last, side = plan, int((max(fitting, 0) / fixed) ** (1 / n_free) + 1e-6) // multiple * multiple
         side = max(side, least + multiple) if most is None else min(max(side, least + multiple), most - multiple)
-        plan = plan_side(side)
+        while True:
+            try:
+                plan = plan_side(side)
+                break
+            except (ValueError, RuntimeError):  # the network's own: it cannot halve so small a patch so often
+                if most is None:
+                    raise
+                least = side
+                side = (least + most) // 2 // multiple * multiple
+                if most - least <= multiple:
+                    return best
 
 
 def fill_budget(
@@ -330,9 +346,16 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     a = arguments
+    for option, sizes, least in (("patch", a.patch, 1), ("shape", a.shape, 0), ("batch", [a.batch], 0)):
+        if min(sizes, default=least) < least:
+            raise ValueError(f"--{option} is {' '.join(map(str, sizes))}, expected at least {least}")
     budget = parse_bytes(a.budget) if a.budget else None
     step = TrainingStep(a.config_file, dict(read_override(text) for text in a.set), a.network_id, a.loss_id, a.device)
     strategies = step.strategies if step.strategies == [None] else a.memory or step.strategies
+    if a.memory and step.strategies == [None]:
+        raise ValueError("the network knows no memory strategy; leave --memory out")
+    if a.shape and len(a.shape) != len(step.patch):
+        raise ValueError(f"--shape has {len(a.shape)} sizes, the network's patches have {len(step.patch)}")
     patches = [(side,) * len(step.patch) for side in a.patch] or [step.patch]
     if a.shape:
         patches = [] if 0 in a.shape else [tuple(a.shape)]

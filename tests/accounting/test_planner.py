@@ -276,6 +276,9 @@ def test_command_prints_the_overrides_of_the_largest_patch(config, capsys):
         (["--budget", "12 apples"], "'12 apples' is no amount of memory"),
         (["--network_id", "generator"], "has no generator"),
         (["--set", "network_name"], "'network_name' is no override"),
+        (["--patch", "-4"], "--patch is -4, expected at least 1"),
+        (["--batch", "-1"], "--batch is -1, expected at least 0"),
+        (["--shape", "16", "16"], "--shape has 2 sizes, the network's patches have 3"),
         (["--set", "network_nam=partially"], "'network_nam' is no setting of the config; did you mean 'network_name'?"),
     ],
 )
@@ -289,3 +292,17 @@ def test_bad_arguments_are_refused_in_a_line(config, words, said, capsys):
 )
 def test_amounts_of_memory(text, n):
     assert parse_bytes(text) == n
+
+
+def test_a_budget_below_the_least_that_a_network_can_run(tmp_path, capsys):
+    """Patches that are halved to a single voxel are refused by instance norm: nothing fits, then."""
+    file = tmp_path / "peer.json"
+    file.write_text(json.dumps({"network_def": {**PEER, "spatial_dims": 2}}))
+    step = TrainingStep(file)
+    assert largest_patch(step, 10**5, None, "float32") is None
+    assert main(["plan", "--config_file", str(file), "--budget", "100KiB", "--precision", "float32"]) == 0
+    assert "Nothing fits in 100KiB." in capsys.readouterr().out
+    assert main(["plan", "--config_file", str(file), "--budget", "64MiB", "--precision", "float32"]) == 0
+    assert re.search(r"Fits in 64MiB: a patch of (\d+) x \1, with --amp false", capsys.readouterr().out)
+    assert main(["plan", "--config_file", str(file), "--memory", "invert"]) == 1
+    assert "knows no memory strategy" in capsys.readouterr().err
