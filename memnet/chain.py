@@ -178,7 +178,8 @@ class Chain(nn.ModuleList):
         """Return the strategy of this step: blocks that ``invert`` would not call as they are, are called."""
         if self.memory not in ("invert", "auto"):
             return self.memory
-        for i, block in enumerate(_blocks_within(self)):
+        called = self.stored if self.memory == "auto" else frozenset()
+        for i, block in enumerate(_blocks_within([block for i, block in enumerate(self) if i not in called])):
             if not isinstance(block, Invertible):
                 if self.memory == "invert":
                     raise ValueError(f'memory="invert" needs invertible blocks, one is a {type(block).__name__}')
@@ -314,8 +315,8 @@ def _testify(witness: torch.Tensor, state: Sequence[torch.Tensor]) -> None:
     )
 
 
-def _blocks_within(chain: Chain) -> Iterator[nn.Module]:
-    for block in chain:
+def _blocks_within(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    for block in blocks:
         if isinstance(block, Chain):
             yield from _blocks_within(block)
         else:

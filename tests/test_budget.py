@@ -132,6 +132,7 @@ def test_dropout_and_batch_statistics_between_stored_and_inverted_blocks():
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:memory=.auto. does not call its blocks")
 def test_the_choice_leaves_nothing_behind_and_is_made_once_for_a_shape(monkeypatch):
     chain, calls, choices = cube_chain(2), [], []
     chain[0].register_forward_hook(lambda *_: calls.append("block"))

@@ -48,8 +48,11 @@ def test_dicom_gives_what_nifti_gives(
     stem = f"a_T1_{case.postfix}"
     outputs = {f"{stem}.nii.gz", f"{stem}.png", case.table, "inference.html"}
     assert {file.name for file in (tmp_path / "nifti").iterdir()} == outputs
-    assert {file.name for file in (tmp_path / "dicom").iterdir()} == {*outputs, f"{stem}.dcm"}
-    expected, found = (nib.load(tmp_path / kind / f"{stem}.nii.gz") for kind in inputs)
+    with_uid = f"a_T1_1.2.3.4_{case.postfix}"
+    of_dicom = {f"{with_uid}.nii.gz", f"{with_uid}.png", f"{with_uid}.dcm", case.table, "inference.html"}
+    assert {file.name for file in (tmp_path / "dicom").iterdir()} == of_dicom
+    files = tmp_path / "nifti" / f"{stem}.nii.gz", tmp_path / "dicom" / f"{with_uid}.nii.gz"
+    expected, found = (nib.load(file) for file in files)
     labels = np.asarray(expected.dataobj)
     assert len(np.unique(labels)) > 1
     np.testing.assert_array_equal(found.dataobj, labels)
@@ -57,12 +60,12 @@ def test_dicom_gives_what_nifti_gives(
     tables = [(tmp_path / kind / case.table).read_text().splitlines()[1].split(",", 1) for kind in inputs]
     assert tables[0][1] == tables[1][1]
 
-    segments, ds = read_segments(tmp_path / "dicom" / f"{stem}.dcm")
+    segments, ds = read_segments(tmp_path / "dicom" / f"{with_uid}.dcm")
     for label, (of_class, _) in LEGENDS[case.postfix].classes.items():
         at = places(np.isin(labels, of_class), OBLIQUE)
         np.testing.assert_allclose(segment_places(segments[label], ds), at, atol=1e-4)
 
-    assert f"{stem}.dcm" in caplog.text
+    assert f"{with_uid}.dcm" in caplog.text
     printed = caplog.text + "".join(capfd.readouterr())
     for file in (tmp_path / "dicom").iterdir():
         if file.suffix != ".dcm":

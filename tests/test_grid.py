@@ -65,7 +65,9 @@ def test_step_out_of_range_is_that_of_the_other_strategies_and_warns(value):
     chain, inputs = couplings(4), streams()
     inputs[0][0, 0, 0] = value
     stored = step(chain, inputs, "store")
-    with pytest.warns(UserWarning, match=r"(left the range \+-1024 of fraction_bits=14|stream is not finite); .* more memory"):
+    with pytest.warns(
+        UserWarning, match=r"(left the range \+-1024 of fraction_bits=14|stream is not finite); .* more memory"
+    ):
         inverted = step(chain, inputs, "invert")
     for name, x in (stored[0] | stored[1]).items():
         assert torch.equal(x.nan_to_num(7), (inverted[0] | inverted[1])[name].nan_to_num(7)), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -205,7 +206,7 @@ class TrainingStep:
     def _parser(self, memory: str | None) -> ConfigParser:
         parser = ConfigParser(json.loads(json.dumps(self._content)))
         for key, value in self._overrides.items():
-            parser[key] = value
+            parser[key] = copy.deepcopy(value)  # which is the caller's
         if "device" in parser:
             parser["device"] = "cpu"
         if memory is not None:
