@@ -179,14 +179,14 @@ class Chain(nn.ModuleList):
         if self.memory not in ("invert", "auto"):
             return self.memory
         called = self.stored if self.memory == "auto" else frozenset()
-        for i, block in enumerate(_blocks_within([block for i, block in enumerate(self) if i not in called])):
+        for block in _blocks_within(block for i, block in enumerate(self) if i not in called):
             if not isinstance(block, Invertible):
                 if self.memory == "invert":
                     raise ValueError(f'memory="invert" needs invertible blocks, one is a {type(block).__name__}')
                 continue
             if is_watched(block) or type(block).forward is not Invertible.forward or "forward" in vars(block):
                 warnings.warn(
-                    f'memory="{self.memory}" does not call its blocks, and block {i}, a {type(block).__name__}, has hooks or a '
+                    f'memory="{self.memory}" does not call its blocks, and one, a {type(block).__name__}, has hooks or a '
                     'forward method of its own; such a step is trained with memory="checkpoint".',
                     stacklevel=3,
                 )

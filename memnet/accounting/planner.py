@@ -176,15 +176,14 @@ class TrainingStep:
     def overrides(self, plan: Plan) -> str:
         """Return the overrides that make the config's training this step, to paste."""
         known = self._content.get("patch_size")
-        if known is None and not self._packed:
-            sides = " x ".join(map(str, plan.patch))
-            patch = f"a patch of {sides}, with"
-        else:
-            patch = (
-                f'--patch_size "{list(plan.patch)}"' if not isinstance(known, int) else f"--patch_size {plan.patch[0]}"
-            )
         if self._packed:
             patch = f"--{'n_frames' if 'n_frames' in self._content else 'slab_size'} {plan.patch[0]}"
+        elif known is None:
+            patch = f"a patch of {' x '.join(map(str, plan.patch))}, with"
+        elif isinstance(known, int):
+            patch = f"--patch_size {plan.patch[0]}"
+        else:
+            patch = f'--patch_size "{list(plan.patch)}"'
         memory_id = f"{self._network_id}#memory"
         reference = self._content.get(self._network_id, {}).get("memory")
         if isinstance(reference, str) and reference.startswith("@"):
