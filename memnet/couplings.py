@@ -224,6 +224,8 @@ def _sum(gradient: torch.Tensor, steps: list[torch.Tensor | None]) -> torch.Tens
     step = steps.pop()
     if step is None:
         return gradient
+    if torch._C._functorch.is_legacy_batchedtensor(step):  # of is_grads_batched, which has no memory to look at
+        return gradient + step
     storage = step.untyped_storage()
     alone = sys.getrefcount(step) <= _ALONE and torch._C._storage_Use_Count(storage._cdata) <= _ALONE
     return step.add_(gradient) if alone and storage.nbytes() == step.nbytes else gradient + step

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from memnet.tracing import is_differentiated_forwards
+
 __all__ = [
     "OutOfRangeError",
     "add_on_grid",
@@ -64,6 +66,10 @@ def round_to_grid(x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
     if not torch.jit.is_scripting():
         if _differentiates([x]):
             return _RoundToGrid.apply(x, fraction_bits)
+    return _rounded(x, fraction_bits)
+
+
+def _rounded(x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
     step = grid_step(x.dtype, fraction_bits)
     # Powers of two: the products are exact, only the rounding itself changes the value.
     return (x * (1.0 / step)).round_().mul_(step)
@@ -76,7 +82,7 @@ class _RoundToGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
-        return round_to_grid(x, fraction_bits)
+        return _rounded(x, fraction_bits)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -85,6 +91,10 @@ class _RoundToGrid(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return gradient, None
+
+    @staticmethod
+    def jvp(ctx, tangent: torch.Tensor, _) -> torch.Tensor:
+        return tangent.clone()  # not the input's own, which autograd refuses
 
 
 def add_on_grid(
@@ -107,6 +117,10 @@ def add_on_grid(
     if not torch.jit.is_scripting():
         if _differentiates([stream, branch]):
             return _AddOnGrid.apply(stream, branch, fraction_bits, sign)
+    return _added(stream, branch, fraction_bits, sign)
+
+
+def _added(stream: torch.Tensor, branch: torch.Tensor, fraction_bits: int, sign: float) -> torch.Tensor:
     step = grid_step(stream.dtype, fraction_bits)
     counts = (branch.to(stream.dtype) * (1.0 / step)).round_()
     return counts.mul_(sign * step).add_(stream)
@@ -129,19 +143,30 @@ class _AddOnGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(stream: torch.Tensor, branch: torch.Tensor, fraction_bits: int, sign: float) -> torch.Tensor:
-        return add_on_grid(stream, branch, fraction_bits, sign)
+        return _added(stream, branch, fraction_bits, sign)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.dtype, ctx.sign = inputs[1].dtype, inputs[3]
+        ctx.dtype, ctx.stream_dtype, ctx.sign = inputs[1].dtype, inputs[0].dtype, inputs[3]
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return gradient, (gradient if ctx.sign == 1 else gradient * ctx.sign).to(ctx.dtype), None, None
 
+    @staticmethod
+    def jvp(ctx, stream: torch.Tensor | None, branch: torch.Tensor | None, *_) -> torch.Tensor:
+        if branch is None:
+            return torch.clone(stream)
+        branch = branch.to(ctx.stream_dtype) * ctx.sign
+        return branch if stream is None else stream + branch
+
 
 def _differentiates(tensors: list[torch.Tensor]) -> bool:
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    if is_differentiated_forwards():  # which no_grad does not turn off
+        return True
+    if not torch.is_grad_enabled():
         return False
     # Under torch.func a tensor does not say whether an outer transform differentiates it.
     return torch._C._are_functorch_transforms_active() or any(x.requires_grad for x in tensors)

@@ -9,6 +9,7 @@ import torch
 from checks import MEMORIES, Net, check_parity, couplings, differing, step, streams, weigh
 from monai.data import MetaTensor
 from torch import nn
+from torch.autograd import forward_ad
 
 from memnet import Chain, set_memory
 from memnet.accounting.live_memory import peak_live_bytes
@@ -324,6 +325,36 @@ def test_torch_func(memory):
         torch.testing.assert_close(found[name], gradients[name], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(each[name].sum(0), total[name], rtol=1e-5, atol=1e-5)
     assert max(gradient.abs().max() for gradient in total.values()) > 1
+
+
+@pytest.mark.parametrize("memory", ["store", *MEMORIES])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch's own use of it
+def test_forward_mode_differentiation(memory, grad, float64):
+    """A tangent is carried through the grid, under ``no_grad`` too: its product with a gradient is the vector-Jacobian one's."""
+    chain, inputs = with_norm(), [x.double() for x in streams()]
+    chain.memory = memory
+    tangents, weights = streams(dtype=torch.float64), streams(dtype=torch.float64)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        outputs = chain(*map(forward_ad.make_dual, inputs, tangents))
+        found = [forward_ad.unpack_dual(y).tangent for y in outputs]
+    inputs = [x.requires_grad_() for x in inputs]
+    gradients = torch.autograd.grad(chain(*inputs), inputs, weights)
+    expected = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
+    assert expected.abs() > 0.1
+    torch.testing.assert_close(sum((w * t).sum() for w, t in zip(weights, found, strict=True)), expected)
+
+
+@pytest.mark.parametrize("memory", ["store", *MEMORIES])
+def test_several_gradients_at_once(memory):
+    """``is_grads_batched``, as ``torch.autograd.functional.jacobian(..., vectorize=True)`` has it."""
+    chain, inputs = couplings(3), [x.requires_grad_() for x in streams()]
+    chain.memory = memory
+    weights = [torch.randn(4, *y.shape) for y in chain(*inputs)]
+    each = [torch.autograd.grad(chain(*inputs), inputs, [w[i] for w in weights]) for i in range(4)]
+    found = torch.autograd.grad(chain(*inputs), inputs, weights, is_grads_batched=True)
+    for gradient, parts in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(gradient, torch.stack(parts))
 
 
 def with_norm():

@@ -141,6 +141,10 @@ class _Linear(torch.autograd.Function):
         apply, adjoint = ctx.maps
         return _Linear.apply(gradient, adjoint, apply), None, None
 
+    @staticmethod
+    def jvp(ctx, tangent: torch.Tensor, *_) -> torch.Tensor:
+        return ctx.maps[0](tangent)
+
 
 def _some(x: torch.Tensor | None) -> torch.Tensor:
     if x is None:
