@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from memnet.metadata import plain_tensor
 
-__all__ = ["Grid", "ToSpacingd", "file_grid", "grid_of", "require_one_grid", "same_grid"]
+__all__ = ["Grid", "ToSpacingd", "file_grid", "grid_of", "require_one_grid", "same_grid", "smoothed"]
 
 _MOST_VOXELS = 2**28
 
@@ -65,11 +65,37 @@ def require_one_grid(
             )
 
 
+def smoothed(image: MetaTensor, affine: np.ndarray) -> MetaTensor:
+    """Smooth along axes whose voxels are less than three quarters of those to come, as if they were of that size.
+
+    Interpolation takes the voxels next to a point and leaves the rest, with whose mean noise would have been less.
+
+    Args:
+        image: ``(C, D, H, W)``, as it will be interpolated.
+        affine: of the grid to come, mm, ``(3, 3)`` at least; an axis of the image is compared with the most parallel of its axes.
+
+    Returns:
+        The image itself where there is nothing to smooth.
+    """
+    axes = np.asarray(image.affine, dtype=np.float64)[:3, :3]
+    to_come = np.asarray(affine, dtype=np.float64)[:3, :3]
+    voxels, sides = np.linalg.norm(axes, axis=0), np.linalg.norm(to_come, axis=0)
+    nearest = np.abs((axes / voxels).T @ (to_come / sides)).argmax(1)
+    # two Gaussians of a full width at half maximum of a voxel's side each, the smaller one's taken off
+    ratios = sides[nearest] / voxels
+    sigmas = [0.42 * float(np.sqrt(ratio**2 - 1)) if ratio > 4 / 3 else 0.0 for ratio in ratios]
+    if not any(sigmas):
+        return image
+    smooth = ndimage.gaussian_filter(plain_tensor(image).cpu().numpy(), (0, *sigmas), mode="nearest", truncate=3)
+    result = image.clone()
+    plain_tensor(result).copy_(torch.from_numpy(smooth))
+    return result
+
+
 class ToSpacingd(MapTransform, InvertibleTransform):
     """Resample to isotropic voxels, trilinearly, and back.
 
-    Along axes of much smaller voxels the image is smoothed first: interpolation takes two of them and leaves the rest, with whose
-    mean noise would have been less.
+    Along axes of much smaller voxels the image is smoothed first, see :func:`smoothed`.
 
     MONAI's ``Spacingd`` takes every entry whose key begins like the image's for metadata, and fails on the
     ``image_path`` that MONAI Label hands over.
@@ -92,7 +118,7 @@ class ToSpacingd(MapTransform, InvertibleTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             _require_sensible_size(d[key], self.side)
-            d[key] = self.spacing(_smoothed(d[key], self.side))
+            d[key] = self.spacing(smoothed(d[key], np.eye(3) * self.side))
         return d
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -109,19 +135,6 @@ def _words(grid: Grid) -> str:
     origin = ", ".join(f"{x:.4g}" for x in affine[:3, 3])
     axes = "".join(nib.aff2axcodes(affine))
     return f"{' x '.join(map(str, shape))} voxels of {voxel} mm, {axes}, first at ({origin})"
-
-
-def _smoothed(image: MetaTensor, side: float) -> MetaTensor:
-    """Smooth along axes whose voxels are less than three quarters of ``side``, as if they were of that size."""
-    voxels = np.linalg.norm(np.asarray(image.affine, dtype=np.float64)[:3, :3], axis=0)
-    # two Gaussians of a full width at half maximum of a voxel's side each, the smaller one's taken off
-    sigmas = [0.42 * float(np.sqrt((side / voxel) ** 2 - 1)) if voxel < 0.75 * side else 0.0 for voxel in voxels]
-    if not any(sigmas):
-        return image
-    smooth = ndimage.gaussian_filter(plain_tensor(image).cpu().numpy(), (0, *sigmas), mode="nearest", truncate=3)
-    smoothed = image.clone()
-    plain_tensor(smoothed).copy_(torch.from_numpy(smooth))
-    return smoothed
 
 
 def _require_sensible_size(image: MetaTensor, side: float) -> None:

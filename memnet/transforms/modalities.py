@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandGaussianNoised, RandomizableTransform, SpatialResample
 from monai.utils import GridSampleMode, GridSamplePadMode
 
-from memnet.transforms.grids import grid_of, require_one_grid, same_grid
+from memnet.transforms.grids import grid_of, require_one_grid, same_grid, smoothed
 from memnet.transforms.intensity import zero_background
 from memnet.transforms.volumes import check_volume, read_volume
 from memnet.workflow.scans import tell_modality, volumes_of
@@ -37,7 +37,8 @@ class LoadModalitiesd(MapTransform):
         name_key: an entry that gives the output's name where file names would collide; optional in the data.
         lone: which modality a file is that comes alone; if ``None`` the one its name tells, see
             :func:`memnet.workflow.scans.tell_modality`.
-        resample: resample modalities of other grids by the affines, trilinearly, rather than refuse them.
+        resample: resample modalities of other grids by the affines, trilinearly, rather than refuse them; of smaller voxels
+            smoothed, see :func:`memnet.transforms.grids.smoothed`.
         strip_background: shift each modality so that its constant background is 0 and nothing is less, see
             :func:`memnet.transforms.intensity.zero_background`.
         shown: the modality to draw label maps over; its file is the metadata's ``shown``, unless it is missing or has
@@ -184,6 +185,7 @@ def _onto_grid(volume: MetaTensor, reference: MetaTensor) -> torch.Tensor:
     if same_grid(grid_of(volume), grid_of(reference)):
         return volume.as_tensor()
     resample = SpatialResample(mode=GridSampleMode.BILINEAR, padding_mode=GridSamplePadMode.ZEROS)
+    volume = smoothed(volume, reference.affine)
     moved = torch.as_tensor(resample(volume, dst_affine=reference.affine, spatial_size=reference.shape[1:]))
     if not bool((moved != 0).any()):
         names = f"{volume.meta['filename_or_obj']} and {reference.meta['filename_or_obj']}"
