@@ -154,11 +154,8 @@ class _AddOnGrid(torch.autograd.Function):
         return gradient, (gradient if ctx.sign == 1 else gradient * ctx.sign).to(ctx.dtype), None, None
 
     @staticmethod
-    def jvp(ctx, stream: torch.Tensor | None, branch: torch.Tensor | None, *_) -> torch.Tensor:
-        if branch is None:
-            return torch.clone(stream)
-        branch = branch.to(ctx.stream_dtype) * ctx.sign
-        return branch if stream is None else stream + branch
+    def jvp(ctx, stream: torch.Tensor, branch: torch.Tensor, *_) -> torch.Tensor:
+        return torch.add(stream, branch.to(ctx.stream_dtype), alpha=ctx.sign)  # a missing tangent comes as zeros
 
 
 def _differentiates(tensors: list[torch.Tensor]) -> bool:

@@ -53,21 +53,24 @@ def run_trial(
         The record: the settings, and for each error of the evaluation its value in every test subject.
 
     Raises:
-        ValueError: a trial of other settings was recorded there.
-        RuntimeError: the training or the evaluation failed.
+        ValueError: a trial of other settings was recorded or begun there, or the training or the evaluation failed.
     """
     of = "" if n_training is None else f"_of{n_training}"
     state = Path(output_dir) / f"rn{n_blocks}{of}_seed{seed}"
     file = state.with_suffix(".json")
     settings = {**overrides, "n_blocks": n_blocks, "n_training": n_training, "seed": seed}
     settings = json.loads(json.dumps(settings))  # as it is read again
+    options = {**settings, "dataset_dir": str(dataset_dir)}
+    begun = state / "settings.json"  # names the data set, too, as records, which are published, do not
     found = read_record(file)
+    for known, now, by in ((found and found["settings"], settings, file), (read_record(begun), options, begun)):
+        if known is not None and known != now:
+            raise ValueError(f"{by} was made with {known}, now {now}; give another --output_dir")
     if found is not None:
-        if found["settings"] != settings:
-            raise ValueError(f"{file} was made with {found['settings']}, now {settings}; give another --output_dir")
         return found
     train, evaluate = (str(Path(bundle) / "configs" / name) for name in ("train.json", "evaluate.json"))
-    options = {**settings, "dataset_dir": dataset_dir, "cache_dir": Path(output_dir) / "tensors"}
+    write_whole(begun, json.dumps(options, indent=1) + "\n")
+    options["cache_dir"] = Path(output_dir) / "tensors"
     resume = (state / "model_last.pt").is_file()
     _run_bundle("training", train, {**options, "output_dir": state, "resume": resume})
     scores = state / "scores"
@@ -90,7 +93,7 @@ def _run_bundle(run_id: str, config_file: str, overrides: dict[str, Any]) -> Non
             words += [f"--{key}", str(value)]
     finished = subprocess.run(words, check=False)
     if finished.returncode:
-        raise RuntimeError(f"{run_id} of {overrides['output_dir']} failed (exit code {finished.returncode}), see above")
+        raise ValueError(f"{run_id} of {overrides['output_dir']} failed (exit code {finished.returncode}), see above")
 
 
 def _subjects(file: Path) -> list[float]:
@@ -99,10 +102,11 @@ def _subjects(file: Path) -> list[float]:
 
 
 def error_table(records: Sequence[Record]) -> str:
-    """Return a markdown table of errors, mean ± standard error over subjects and seeds.
+    """Return a markdown table of errors: means over subjects and seeds ± the standard error over subjects.
 
-    Tensors' entries and mean diffusivity (MD) are in 1e-5 mm^2/s; ``of ESPCN`` is the ratio of total errors to those of N = 0
-    with as many subjects to train on.
+    A subject's errors with several seeds are averaged first, since seeds do not make subjects. One without interior voxels has no
+    interior error, and counts in the others alone. Tensors' entries and mean diffusivity (MD) are in 1e-5 mm^2/s; ``of ESPCN``
+    is the ratio of total errors to those of N = 0 with as many subjects to train on.
     """
     if not records:
         return "No trial is done."
@@ -124,13 +128,19 @@ def error_table(records: Sequence[Record]) -> str:
 
 
 def _mean(records: Sequence[Record], error: str) -> float:
-    return statistics.fmean(value for record in records for value in record["errors"][error])
+    return statistics.fmean(_of_subjects(records, error))
+
+
+def _of_subjects(records: Sequence[Record], error: str) -> list[float]:
+    """Return the errors of the subjects, each the mean of the seeds'."""
+    means = [statistics.fmean(values) for values in zip(*(record["errors"][error] for record in records), strict=True)]
+    return [value for value in means if not math.isnan(value)] or [math.nan]
 
 
 def _cells(records: Sequence[Record], method: str) -> str:
     cells = []
     for quantity in _QUANTITIES:
-        values = [value for record in records for value in record["errors"][method + quantity]]
+        values = _of_subjects(records, method + quantity)
         digits = 3 if quantity == "fa" else 2
         error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
         cells.append(f"{statistics.fmean(values):.{digits}f}{error}")

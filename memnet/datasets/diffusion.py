@@ -24,18 +24,36 @@ from memnet.datasets.diffusion_files import (
     read_bvals,
     read_series,
     save_whole,
+    source_of,
     stem_of,
     write_tensors,
 )
 from memnet.diffusion.tensors import fit_tensors, is_unweighted
 from memnet.whole_files import whole_file
 
-__all__ = ["find_inputs", "find_series", "find_tensor_cases", "prepare", "repeat", "split_subjects"]
+__all__ = [
+    "SPLIT_FILE",
+    "find_inputs",
+    "find_series",
+    "find_tensor_cases",
+    "keep_split",
+    "prepare",
+    "repeat",
+    "split_subjects",
+    "tell_seen",
+]
 
 logger = logging.getLogger("memnet")
 
+Section = Literal["training", "validation", "test"]
+Split = dict[Section, list[Case]]
+
+SPLIT_FILE = "split.json"
+"""Lies beside the weights of a training and names its series."""
+
 _HCP = (Path("T1w", "Diffusion", "data.nii.gz"), Path("T1w", "Diffusion_7T", "data.nii.gz"))
 _VERSION = 3  # of what a prepared folder holds
+_SECTIONS: tuple[Section, ...] = ("training", "validation", "test")
 
 
 def find_series(dataset_dir: str | Path) -> list[Case]:
@@ -45,11 +63,11 @@ def find_series(dataset_dir: str | Path) -> list[Case]:
         dataset_dir: HCP's layout (``<subject>/T1w/Diffusion/data.nii.gz``, or ``Diffusion_7T``, or one such subject), BIDS
             (``sub-*/[ses-*/]dwi/*_dwi.nii.gz``, or else of the one pipeline in ``derivatives``), a folder of series with their
             bvals and bvecs beside them, or one of such folders. Series of fewer than six weighted images, such as those of the
-            reversed phase encoding, and phase images are left out with a warning.
+            reversed phase encoding, of which b-values are missing, and phase images are left out with a warning.
 
     Returns:
-        ``{"subject": name, "data": file}`` of each, in the order of their names; in BIDS, where a subject may have several, with
-        the ``patient`` it is of.
+        ``{"subject": name, "data": file}`` of each, in the order of their names; where the name or the folder tells that a
+        subject may have several, with the ``patient`` it is of.
 
     Raises:
         ValueError: nothing is found, or the series of several pipelines.
@@ -57,33 +75,37 @@ def find_series(dataset_dir: str | Path) -> list[Case]:
     folder = existing_folder(dataset_dir, "diffusion series in HCP's or BIDS layout")
     for hcp in _HCP:
         if (folder / hcp).is_file():
-            return [{"subject": folder.resolve().name, "data": str(folder / hcp)}]
-        if found := [{"subject": file.parents[2].name, "data": str(file)} for file in sorted(folder.glob(f"*/{hcp}"))]:
+            return [_named(folder.resolve().name, folder / hcp)]
+        if found := [_named(file.parents[2].name, file) for file in sorted(folder.glob(f"*/{hcp}"))]:
             return found
     pipelines = "*/sub-*" if folder.resolve().name == "derivatives" else "derivatives/*/sub-*"
     found = _bids(folder, "sub-*") or _bids(folder, pipelines)
     if not found:
-        found = [{"subject": stem_of(file), "data": str(file)} for file in _with_bvals(folder.glob("*.nii*"))]
+        found = [_named(stem_of(file), file) for file in _with_bvals(folder.glob("*.nii*"))]
     if not found:
         files = _with_bvals(folder.glob("*/*.nii*"))
         per_folder = Counter(file.parent for file in files)
-        found = [
-            {
-                "subject": file.parent.name + ("" if per_folder[file.parent] == 1 else f"_{stem_of(file)}"),
-                "data": str(file),
-                "patient": file.parent.name,
-            }
-            for file in files
-        ]
+        for file in files:
+            name = file.parent.name
+            found.append(_named(name if per_folder[file.parent] == 1 else f"{name}_{stem_of(file)}", file))
+            found[-1].setdefault("patient", name)
     if not found:
         raise ValueError(
             f"{folder}: no diffusion series found (looked for */{_HCP[0].as_posix()}, sub-*/dwi/*_dwi.nii.gz, and *.nii.gz "
             "with .bval and .bvec beside it, here and in the folders here)"
         )
-    whole = [one for one in found if _holds_tensors(Path(one["data"]))]
-    for one in (one for one in found if whole and one not in whole):
-        logger.warning("%s: left out, it has fewer than six weighted images or is one of phases", one["data"])
+    lacking = [_what_it_lacks(Path(one["data"])) for one in found]
+    whole = [one for one, lack in zip(found, lacking, strict=True) if not lack]
+    for one, lack in zip(found, lacking, strict=True):
+        if whole and lack:
+            logger.warning("%s: left out, %s", one["data"], lack)
     return whole or found
+
+
+def _named(name: str, file: Path) -> Case:
+    """Return a series, and the patient that a BIDS (``sub-01_ses-1``) or HCP (``103818_3T``) name says it is of."""
+    told = re.match(r"(sub-[A-Za-z0-9]+|\d{6})(?=_|$)", name)
+    return {"subject": name, "data": str(file)} | ({"patient": told[1]} if told else {})
 
 
 def _bids(folder: Path, subjects: str) -> list[Case]:
@@ -109,11 +131,19 @@ def _with_bvals(files: Iterable[Path]) -> list[Path]:
     )
 
 
-def _holds_tensors(data: Path) -> bool:
+def _what_it_lacks(data: Path) -> str:
+    """Say why no tensors can be fitted to a series; nothing where they may, or where its reader has to say why not."""
     if re.search(r"_part-(phase|real|imag)_", data.name):
-        return False
-    bvals = files_beside(data).get("b-values")
-    return bvals is not None and int((~is_unweighted(read_bvals(bvals))).sum()) >= 6
+        return "it is one of phases or of complex parts"
+    file = files_beside(data).get("b-values")
+    if file is None:
+        return "it has no .bval"
+    try:
+        bvals = read_bvals(file)
+    except ValueError:
+        return ""
+    is_of_another_unit = 0 < bvals.max() < 50
+    return "" if is_of_another_unit or (~is_unweighted(bvals)).sum() >= 6 else "it has fewer than six weighted images"
 
 
 def prepare(
@@ -162,6 +192,9 @@ def prepare(
             if rate is not None and interpolated:
                 made["interpolated"] = replace(made["low"].fine(rate), mask=made["high"].mask)
             record.unlink(missing_ok=True)
+            if not is_there:
+                for file in ("tensor_interpolated.nii.gz", "mask_interpolated.nii.gz"):  # which may not be made this time
+                    (folder / file).unlink(missing_ok=True)
             for key, at in made.items():
                 tensors = fit_tensors(at, progress)
                 count_negative(tensors, f"{one['data']} ({key} resolution)")
@@ -176,7 +209,7 @@ def prepare(
 
 def split_subjects(
     cases: Sequence[Case], n_training: int | None, n_validation: int, n_test: int, seed: int = 0
-) -> dict[Literal["training", "validation", "test"], list[Case]]:
+) -> Split:
     """Split subjects at random into those to train on, to validate and to test with.
 
     The test subjects, and the validation's, stay the same whatever the number of those to train on. Series of one ``patient``
@@ -192,16 +225,13 @@ def split_subjects(
     Raises:
         ValueError: there are not as many.
     """
-    of_patient: dict[str, list[Case]] = {}
-    for case in cases:
-        of_patient.setdefault(str(case.get("patient", case["subject"])), []).append(case)
+    shuffled = _by_patient(cases)
     wanted = n_validation + n_test + (1 if n_training is None else n_training)
-    if len(of_patient) < wanted or n_validation < 1 or (n_training is not None and n_training < 1):
+    if len(shuffled) < wanted or n_validation < 1 or n_test < 0 or (n_training is not None and n_training < 1):
         raise ValueError(
-            f"{len(of_patient)} subjects are there; n_training={n_training}, n_validation={n_validation} and n_test={n_test} "
+            f"{len(shuffled)} subjects are there; n_training={n_training}, n_validation={n_validation} and n_test={n_test} "
             f"need {wanted}, at least one to train on and one to validate with"
         )
-    shuffled = list(of_patient.values())
     random.Random(seed).shuffle(shuffled)
     test, validation = shuffled[:n_test], shuffled[n_test : n_test + n_validation]
     training = shuffled[n_test + n_validation :][:n_training]
@@ -218,14 +248,15 @@ def find_tensor_cases(
     split_seed: int = 0,
     rate: int = 2,
     interpolated: str | None = None,
-) -> dict[str, list[Case]]:
+) -> Split:
     """Find a data set's series, prepare them and split the subjects; nothing where no data set is named.
 
     Args:
-        dataset_dir: see :func:`find_series`; or a folder with ``training``, ``validation`` and ``test``, each of which is one.
+        dataset_dir: see :func:`find_series`; or a folder with ``training``, ``validation`` and ``test``, each of which is one. A
+            subject or file that is in two of these is told in a warning.
         cache_dir: see :func:`prepare`.
         shells: see :func:`prepare`.
-        n_training: see :func:`split_subjects`.
+        n_training: see :func:`split_subjects`; of a folder ``training`` the first so many, in the order of their names.
         n_validation: see :func:`split_subjects`.
         n_test: see :func:`split_subjects`.
         split_seed: see :func:`split_subjects`.
@@ -234,27 +265,108 @@ def find_tensor_cases(
 
     Returns:
         ``training``, ``validation`` and ``test``.
+
+    Raises:
+        ValueError: see :func:`split_subjects`.
     """
-    sections: tuple[Literal["training", "validation", "test"], ...] = ("training", "validation", "test")
     if not as_list(dataset_dir):
-        return {section: [] for section in sections}
+        return {section: [] for section in _SECTIONS}
     folder = existing_folder(str(dataset_dir), "diffusion series in HCP's or BIDS layout")
-    if all((folder / section).is_dir() for section in sections):
-        return {
-            section: prepare(
-                find_series(folder / section),
-                Path(cache_dir) / section,
-                shells,
-                rate,
-                interpolated=section == interpolated,
-            )[: n_training if section == "training" else None]
-            for section in sections
-        }
-    split = split_subjects(find_series(folder), n_training, n_validation, n_test, split_seed)
+    are_apart = all((folder / section).is_dir() for section in _SECTIONS)
+    if are_apart:
+        split: Split = {section: find_series(folder / section) for section in _SECTIONS}
+        _tell_shared(split)
+        subjects = _by_patient(split["training"])
+        if n_training is not None and not 1 <= n_training <= len(subjects):
+            raise ValueError(f"n_training is {n_training}; {folder / 'training'} has {len(subjects)} subjects")
+        split["training"] = sum(subjects[:n_training], [])
+    else:
+        split = split_subjects(find_series(folder), n_training, n_validation, n_test, split_seed)
+    caches = {section: Path(cache_dir) / section if are_apart else cache_dir for section in _SECTIONS}
     return {
-        section: prepare(split[section], cache_dir, shells, rate, interpolated=section == interpolated)
-        for section in sections
+        section: prepare(split[section], caches[section], shells, rate, interpolated=section == interpolated)
+        for section in _SECTIONS
     }
+
+
+def keep_split(cases: Split, file: str | Path, resume: bool = False) -> Split:
+    """Write down which series a training has, for :func:`tell_seen`, and see that it goes on with the same.
+
+    Args:
+        cases: see :func:`find_tensor_cases`.
+        file: JSON, beside the weights.
+        resume: whether a training goes on.
+
+    Returns:
+        ``cases``.
+
+    Raises:
+        ValueError: the training that goes on had other subjects.
+    """
+    file = Path(file)
+    series = {section: [source_of(case["tensor_high"]) for case in cases[section]] for section in _SECTIONS}
+    if not any(series.values()):
+        return cases
+    if resume and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for section in _SECTIONS[:2]:
+            changed = sorted(set(before[section]) ^ set(series[section]))
+            if changed:
+                raise ValueError(
+                    f"{file}: the training to resume had other subjects for {section} (of {len(changed)}, {changed[0]} is in "
+                    "one of both alone); give the data set and the split that it began with"
+                )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as partial:
+        partial.write_text(json.dumps(series, indent=1), encoding="utf-8")
+    return cases
+
+
+def tell_seen(cases: Split, section: str, weights: str | Path) -> Split:
+    """Warn where series to be scored are among those that weights were trained or chosen with, see :func:`keep_split`.
+
+    Args:
+        cases: see :func:`find_tensor_cases`.
+        section: what is scored.
+        weights: a training's file of weights; of others nothing is known, and nothing told.
+
+    Returns:
+        ``cases``.
+    """
+    file = Path(weights).parent / SPLIT_FILE
+    if section == "test" and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        seen = set(before["training"]) | set(before["validation"])
+        found = [source for case in cases["test"] if (source := source_of(case["tensor_high"])) in seen]
+        if found:
+            logger.warning(
+                "%d of %d test series were trained on or validated with, according to %s, such as %s: the scores say little of "
+                "other subjects",
+                len(found),
+                len(cases["test"]),
+                file,
+                found[0],
+            )
+    return cases
+
+
+def _by_patient(cases: Sequence[Case]) -> list[list[Case]]:
+    """Group series of one patient, in the order of the first of each."""
+    of_patient: dict[str, list[Case]] = {}
+    for case in cases:
+        of_patient.setdefault(str(case.get("patient", case["subject"])), []).append(case)
+    return list(of_patient.values())
+
+
+def _tell_shared(split: Split) -> None:
+    """Warn of a patient or a file in two sections."""
+    known: dict[str, str] = {}
+    for section, cases in split.items():
+        for key in {str(Path(c["data"]).resolve()) for c in cases} | {c["patient"] for c in cases if "patient" in c}:
+            if known.setdefault(key, section) != section:
+                logger.warning(
+                    "%s is in %s and in %s: scores will say little of other subjects", key, known[key], section
+                )
 
 
 def repeat(cases: Sequence[Case], n: int | None = None) -> list[Case]:

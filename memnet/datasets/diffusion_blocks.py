@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from memnet.datasets.diffusion_files import read_series, write_series
+from memnet.diffusion.tensors import DiffusionSeries
 
 __all__ = ["add_parser", "cut_blocks"]
 
@@ -37,14 +38,18 @@ def cut_blocks(
         The three series.
 
     Raises:
-        ValueError: the shares do not add up to 1, or a block would have fewer than two voxels.
+        ValueError: the shares do not add up to 1, the gap is negative, or a block would have fewer than two voxels or no brain.
     """
+    if gap < 0:
+        raise ValueError(
+            f"gap is {gap}, expected 0 voxels or more: blocks that overlap share what is trained on and tested with"
+        )
     if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"shares are {list(shares)}, expected three positive numbers that add up to 1")
     series = read_series(data)
     length = series.mask.shape[axis]
     ends = np.round(np.cumsum([0, *shares]) * length).astype(int)
-    written = []
+    blocks: dict[str, DiffusionSeries] = {}
     for number, section in enumerate(_SECTIONS):
         begin, end = int(ends[number] + (gap if number else 0)), int(ends[number + 1])
         if end - begin < 2:
@@ -52,10 +57,13 @@ def cut_blocks(
         box = tuple(slice(begin, end) if a == axis else slice(None) for a in range(3))
         affine = series.affine.copy()
         affine[:3, 3] += begin * affine[:3, axis]
-        block = replace(series, signals=series.signals[box], mask=series.mask[box], affine=affine)
-        written.append(Path(output_dir) / section / f"{section}.nii.gz")
-        write_series(written[-1], block)
-    return written
+        if not series.mask[box].any():
+            raise ValueError(f"{data}: voxels {begin} to {end - 1} along axis {axis}, for {section}, hold no brain")
+        blocks[section] = replace(series, signals=series.signals[box], mask=series.mask[box], affine=affine)
+    written = {Path(output_dir) / section / f"{section}.nii.gz": block for section, block in blocks.items()}
+    for file, block in written.items():
+        write_series(file, block)
+    return list(written)
 
 
 def add_parser(commands: Any) -> None:

@@ -186,6 +186,12 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     a = arguments
+    for name, *_ in _RANGES:
+        least, largest = getattr(a, name) or (1.0, 1.0)
+        if least > largest or (name == "noise" and least < 0):
+            raise ValueError(
+                f"--{name} is {least:g} {largest:g}, expected the least before the largest, noise not below 0"
+            )
     series = read_series(a.data).select(a.shells)
     for number in tqdm(range(a.copies), "copies", ncols=100):
         random = np.random.default_rng((a.seed + number, 1))  # apart from what deform draws

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +19,13 @@ from memnet.diffusion.tensors import (
     TENSOR_ORDERS,
     DiffusionSeries,
     as_matrices,
+    has_tensor,
     is_unweighted,
     rotate_tensors,
     rotation_of,
 )
 from memnet.transforms.grids import same_grid
+from memnet.transforms.volumes import require_real_numbers
 from memnet.whole_files import whole_file
 
 __all__ = [
@@ -45,11 +48,12 @@ logger = logging.getLogger("memnet")
 RECORD = "made_from.json"
 """Lies beside tensors that :func:`memnet.datasets.diffusion.prepare` has made."""
 
-_DIFFUSIVITY_LIMIT = 0.02  # mm^2/s; free water at 37 degrees has 0.003
-_NOISY, _WRONG = (
-    0.1,
-    0.5,
-)  # share of tensors with a negative eigenvalue that noise and that a wrong order of entries makes
+_OWN_NAME = "tensor RAS mm2/s"  # of the intent of what write_tensors writes
+_DIFFUSIVITIES = (1e-5, 0.02)  # mm^2/s, the 99th percentile of a brain's entries; free water at 37 degrees has 0.003
+# shares of tensors with a negative eigenvalue
+_NOISY = 0.1  # that noise makes at most
+_WRONG = 0.5  # that a wrong order of entries makes at least
+_ROUNDING = 1e-6  # mm^2/s, of an eigenvalue of 0
 _MOST_JUDGED = 5000
 
 
@@ -80,8 +84,8 @@ def read_series(data: str | Path, mask: str | Path | None = None) -> DiffusionSe
     Args:
         data: 4D NIfTI. FSL's and HCP's ``bvals`` and ``bvecs``, or files of its own name with the suffixes ``.bval`` and
             ``.bvec`` (BIDS) or ``.bvals`` and ``.bvecs``, must lie beside it, or further up as BIDS inherits them.
-        mask: the brain on the same grid; where None HCP's ``nodif_brain_mask.nii.gz`` or a BIDS ``_mask`` beside the
-            series is taken, else DIPY's median_otsu of the image of b = 0 decides.
+        mask: the brain on the same grid; where None HCP's ``nodif_brain_mask.nii.gz``, or a ``_mask`` or ``_brain_mask`` of
+            the series' name beside it, is taken, else DIPY's median_otsu of the image of b = 0 decides, which is logged.
 
     Returns:
         The series, without the mean diffusion-weighted ("trace") images that some scanners add: weighted, with no direction.
@@ -108,6 +112,7 @@ def read_series(data: str | Path, mask: str | Path | None = None) -> DiffusionSe
             )
         brain = _values(image_mask, Path(mask)) >= 0.5  # a resampled mask has small values around the brain
     else:
+        logger.info("%s: no mask beside it; the brain is what median_otsu makes of the image of b = 0", data)
         brain = _find_brain(signals[..., bvals[: signals.shape[3]].argmin()])
     affine = np.asarray(image.affine, dtype=np.float64)
     if bvecs.shape == (*bvals.shape, 3) and bvals.shape == signals.shape[3:]:
@@ -153,7 +158,8 @@ def _names_beside(data: Path) -> dict[str, list[str]]:
     stem = stem_of(data)
     base = stem.removesuffix("_dwi")
     undescribed = re.sub(r"_desc-[^_]+", "", base)  # sub-01_desc-preproc_dwi has sub-01_desc-brain_mask
-    masks = [f"{name}_mask" for name in (f"{undescribed}_desc-brain", stem, base, "nodif_brain")]
+    names = (f"{undescribed}_desc-brain", stem, base, f"{stem}_brain", f"{base}_brain", "nodif_brain")
+    masks = [f"{name}_mask" for name in names]
     return {
         "b-values": [f"{stem}.bval", f"{stem}.bvals", "bvals"],
         "directions": [f"{stem}.bvec", f"{stem}.bvecs", "bvecs"],
@@ -164,7 +170,7 @@ def _names_beside(data: Path) -> dict[str, list[str]]:
 def read_tensors(
     path: str | Path,
     order: str = "nifti",
-    axes: Literal["world", "voxel", "fsl"] = "world",
+    axes: Literal["world", "voxel", "fsl"] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read a tensor image.
 
@@ -172,36 +178,47 @@ def read_tensors(
         path: NIfTI of six values a voxel, ``(D, H, W, 6)`` or, with NIfTI's own intent, ``(D, H, W, 1, 6)``, mm^2/s.
         order: how the values are ordered, see :data:`memnet.diffusion.tensors.TENSOR_ORDERS`; NIfTI's intent decides where set.
         axes: what x, y and z are: ``"world"`` (RAS+: this package, MRtrix), ``"voxel"`` (the grid's axes), or ``"fsl"`` (the
-            grid's axes, the first reversed where the affine's determinant is positive, as dtifit writes).
+            grid's axes, the first reversed where the affine's determinant is positive, as dtifit writes); where None ``"fsl"``
+            for values in FSL's order, else ``"world"``. A file of :func:`write_tensors` says itself that it is in the world's.
 
     Returns:
         ``(D, H, W, 6)`` float32 in NIfTI's order and world axes, mm^2/s, and the affine.
 
     Raises:
-        ValueError: naming the file, if it is no such image, its values are no diffusivities in mm^2/s, or they make tensors in
-            another order alone.
+        ValueError: naming the file, if it is no such image, its values are no diffusivities in mm^2/s, or most make no tensors
+            in this order.
     """
     path = Path(path)
     if order not in TENSOR_ORDERS:
         raise ValueError(f"tensor_order is {order!r}, expected one of {', '.join(TENSOR_ORDERS)}")
-    if axes not in ("world", "voxel", "fsl"):
+    if axes not in (None, "world", "voxel", "fsl"):
         raise ValueError(f"tensor_axes is {axes!r}, expected world, voxel or fsl")
     image = _open(path)
     shape = _shape(image)
     if len(shape) != 4 or shape[3] != 6:
         raise ValueError(f"{path}: has shape {image.shape}, expected a tensor image of six values a voxel")
-    if image.header.get_intent()[0] == "symmetric matrix":
+    intent, _, intent_name = image.header.get_intent()
+    if intent == "symmetric matrix":
         order = "nifti"
+    if intent_name == _OWN_NAME:
+        axes = "world"
+    axes = axes or ("fsl" if order == "fsl" else "world")
     stored = _values(image, path)
     tensors = _in_order(stored, order)
-    if not tensors.any() or np.abs(np.percentile(tensors[tensors.any(-1)], 99)) > _DIFFUSIVITY_LIMIT:
-        raise ValueError(f"{path}: its values are no diffusivities in mm^2/s (brain has about 0.001)")
-    _require_order(path, stored, order)
+    inside = has_tensor(tensors)
+    large = float(np.percentile(np.abs(tensors[inside]), 99)) if inside.any() else float(np.abs(tensors).max())
+    if not _DIFFUSIVITIES[0] <= large <= _DIFFUSIVITIES[1]:
+        raise ValueError(
+            f"{path}: its values are no diffusivities in mm^2/s (brain has about 0.001, these {large:.2g})"
+        )
+    is_prepared = (path.parent / RECORD).is_file()  # and was looked at when it was made
+    if intent_name != _OWN_NAME:
+        _require_order(path, stored, order)
     affine = np.asarray(image.affine, dtype=np.float64)
     if axes != "world":
         reverse = axes == "fsl" and np.linalg.det(affine[:3, :3]) > 0
         tensors = rotate_tensors(tensors, rotation_of(affine) @ np.diag([-1.0 if reverse else 1.0, 1, 1]))
-    if not (path.parent / RECORD).is_file():  # else they were counted when they were made
+    if not is_prepared:
         count_negative(tensors, path)
     return tensors, affine
 
@@ -221,7 +238,7 @@ def write_tensors(path: str | Path, tensors: np.ndarray, affine: np.ndarray) -> 
         affine: voxels to world (mm, RAS+).
     """
     image = nib.Nifti1Image(tensors.astype(np.float32)[..., None, :], affine)
-    image.header.set_intent("symmetric matrix", (3,), name="tensor RAS mm2/s")
+    image.header.set_intent("symmetric matrix", (3,), name=_OWN_NAME)
     save_whole(image, path)
 
 
@@ -258,7 +275,7 @@ def stem_of(path: str | Path) -> str:
 
 def count_negative(tensors: np.ndarray, name: str | Path) -> None:
     """Warn of tensors ``(..., 6)`` that have a negative eigenvalue, with their number and the name of their image."""
-    inside = tensors.any(-1)
+    inside = has_tensor(tensors)
     n_negative = int((np.linalg.eigvalsh(as_matrices(tensors[inside]))[..., 0] < 0).sum())
     if n_negative:
         logger.warning(
@@ -281,24 +298,29 @@ def _in_order(stored: np.ndarray, order: str) -> np.ndarray:
 
 
 def _require_order(path: Path, stored: np.ndarray, order: str) -> None:
-    """Refuse values that are no tensors in the order named, most having a negative eigenvalue, but are in another."""
-    voxels = stored[stored.any(-1)]
+    """Refuse values that are no tensors in the order named, most having a negative eigenvalue."""
+    voxels = stored[has_tensor(stored)]
     voxels = voxels[:: -(-len(voxels) // _MOST_JUDGED)]
     negative = {
-        name: float((np.linalg.eigvalsh(as_matrices(_in_order(voxels, name)))[:, 0] < 0).mean())
+        name: float((np.linalg.eigvalsh(as_matrices(_in_order(voxels, name)))[:, 0] < -_ROUNDING).mean())
         for name in TENSOR_ORDERS
     }
     best = min(negative, key=lambda name: negative[name])
     if negative[order] > _WRONG and negative[best] < _NOISY:
         raise ValueError(
             f"{path}: its values are no tensors in the order {order}, but in that of {best}; give --tensor_order {best}, and "
-            "--tensor_axes where its axes are not the world's (fsl for dtifit's)"
+            "--tensor_axes where its axes are other than that program's"
+        )
+    if negative[order] > _WRONG:
+        raise ValueError(
+            f"{path}: {100 * negative[order]:.0f} % of its values make tensors with a negative eigenvalue, whatever their order"
         )
 
 
 def _numbers(path: str | Path) -> np.ndarray:
     try:
-        with Path(path).open(encoding="utf-8-sig") as lines:
+        with Path(path).open(encoding="utf-8-sig") as lines, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a file without numbers, which is refused below
             values = np.loadtxt((line.replace(",", " ") for line in lines), dtype=np.float64, ndmin=2)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as numbers ({error})") from error
@@ -311,9 +333,16 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        return nib.load(path)
+        image = nib.load(path)
     except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path}: not a NIfTI image, or damaged ({error})") from error
+    if not isinstance(image, nib.Nifti1Pair):
+        raise ValueError(f"{path}: not a NIfTI image, but {type(image).__name__}; convert it")
+    try:
+        require_real_numbers(image)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return image
 
 
 def _shape(image: Any) -> tuple[int, ...]:

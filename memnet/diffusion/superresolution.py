@@ -181,10 +181,17 @@ class Refiner:
         network: the network.
         weights: its weights; None where it is not wanted.
         inferer: how it is run.
+        device: where it is run.
     """
 
-    def __init__(self, network: nn.Module, weights: str | Path | None, inferer: ValidPatchInferer) -> None:
-        self.network, self.weights, self.inferer = network, weights, inferer
+    def __init__(
+        self,
+        network: nn.Module,
+        weights: str | Path | None,
+        inferer: ValidPatchInferer,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.network, self.weights, self.inferer, self.device = network, weights, inferer, device
         self._loaded = False
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor | None:
@@ -197,9 +204,10 @@ class Refiner:
             return None
         if not self._loaded:
             load_weights(self.network, self.weights)
+            self.network.to(self.device).eval()
             self._loaded = True
         with torch.no_grad():
-            return self.inferer(image, self.network.eval())
+            return self.inferer(image.to(self.device), self.network)
 
 
 class InterpolateTensorsd(MapTransform):

@@ -23,6 +23,7 @@ __all__ = [
     "fine_affine",
     "fit_tensors",
     "fractional_anisotropy",
+    "has_tensor",
     "is_unweighted",
     "mean_diffusivity",
     "predict_signals",
@@ -45,8 +46,10 @@ TENSOR_ORDERS = {
 
 _ROWS, _COLUMNS = (np.array(indices) for indices in zip(*SYMMETRIC, strict=True))
 _B0_LIMITS = (50.0, 100.0)  # s/mm^2: scanners write the true b of b = 0, 5 to 15, HCP at 7 T up to 70
+_MOST_WEIGHTED = 1e5  # s/mm^2, more than any scanner's gradients reach
 _UNIT_TOLERANCE = 0.05
 _VOXELS_AT_ONCE = 20_000
+_LEAST_DIFFUSIVITY = 1e-6  # mm^2/s
 
 
 def as_matrices(tensors: np.ndarray) -> np.ndarray:
@@ -60,6 +63,11 @@ def as_matrices(tensors: np.ndarray) -> np.ndarray:
 def as_channels(matrices: np.ndarray) -> np.ndarray:
     """Turn symmetric matrices ``(..., 3, 3)`` into tensors ``(..., 6)`` in NIfTI's order."""
     return matrices[..., _ROWS, _COLUMNS]
+
+
+def has_tensor(tensors: np.ndarray) -> np.ndarray:
+    """Tell where ``(..., 6)`` entries, mm^2/s, are a tensor; a background stored as scaled integers is not quite 0."""
+    return (np.abs(tensors) > _LEAST_DIFFUSIVITY).any(-1)
 
 
 def rotation_of(affine: np.ndarray) -> np.ndarray:
@@ -147,12 +155,16 @@ class DiffusionSeries:
             raise ValueError(f"{self.name}: its mask is empty")
         if not np.isfinite(self.bvals).all() or self.bvals.min() < 0:
             raise ValueError(f"{self.name}: a b-value is negative or not finite")
+        largest = float(self.bvals.max())
+        if 0 < largest < _B0_LIMITS[0] or largest > _MOST_WEIGHTED:
+            unit = "ms/um^2" if largest < _B0_LIMITS[0] else "s/m^2"
+            raise ValueError(f"{self.name}: its b-values go up to {largest:g}; are they in {unit}? s/mm^2 are expected")
         weighted = ~self.unweighted
         if weighted.all():
             raise ValueError(f"{self.name}: no image of b = 0 (below {_B0_LIMITS[1]:g} s/mm^2); the fit needs one")
         lengths = np.linalg.norm(self.bvecs[weighted], axis=1)
-        wrong = np.abs(lengths - 1) > _UNIT_TOLERANCE
-        if wrong.any() or not np.isfinite(lengths).all():
+        wrong = ~(np.abs(lengths - 1) <= _UNIT_TOLERANCE)  # NaN, too
+        if wrong.any():
             raise ValueError(
                 f"{self.name}: {int(wrong.sum())} of {wrong.size} directions are no unit vectors (lengths "
                 f"{lengths.min():.3g} to {lengths.max():.3g}); are the bvecs those of this series?"
@@ -192,9 +204,7 @@ class DiffusionSeries:
                 "differ"
             )
         kept |= b0
-        return replace(
-            self, signals=self.signals[..., kept], bvals=self.bvals[kept], bvecs=self.bvecs[kept], mask=self.mask
-        )
+        return replace(self, signals=self.signals[..., kept], bvals=self.bvals[kept], bvecs=self.bvecs[kept])
 
     def cropped(self, rate: int = 2) -> DiffusionSeries:
         """Drop what no whole block of ``rate`` voxels a side is left for at the ends of the axes.
@@ -278,8 +288,8 @@ def fit_tensors(series: DiffusionSeries, progress: bool = False) -> np.ndarray:
         progress: show a progress bar.
 
     Returns:
-        ``(D, H, W, 6)`` float32 in NIfTI's order, mm^2/s, in world axes (RAS+); 0 outside the mask. Negative eigenvalues
-        stay as they are.
+        ``(D, H, W, 6)`` float32 in NIfTI's order, mm^2/s, in world axes (RAS+); 0 outside the mask, and where no image of
+        b = 0, or no weighted one, has a signal. Negative eigenvalues stay as they are.
 
     References:
         Comparison of bootstrap approaches for estimation of uncertainties of DTI parameters (Chung, Lu, Henry, 2006)
@@ -294,6 +304,8 @@ def fit_tensors(series: DiffusionSeries, progress: bool = False) -> np.ndarray:
     positive = signals[signals > 0]
     if positive.size == 0 or not np.isfinite(signals).all():
         raise ValueError(f"{series.name}: its signals in the mask are all 0, or not finite")
+    unweighted = series.unweighted
+    seen = (signals[:, unweighted] > 0).any(1) & (signals[:, ~unweighted] > 0).any(1)
     signals = np.maximum(signals, positive.min())
     fitted = np.empty((len(signals), 6), dtype=np.float32)
     for start in tqdm(range(0, len(signals), _VOXELS_AT_ONCE), "fitting tensors", disable=not progress, ncols=100):
@@ -301,7 +313,7 @@ def fit_tensors(series: DiffusionSeries, progress: bool = False) -> np.ndarray:
         # DIPY's lower triangle has NIfTI's order; its eigenvalues would be clamped, these are not.
         fitted[part] = wls_fit_tensor(design_matrix(table), signals[part], return_lower_triangular=True)[0][..., :6]
     tensors = np.zeros((*series.mask.shape, 6), dtype=np.float32)
-    tensors[series.mask] = fitted
+    tensors[series.mask] = np.where(seen[:, None], fitted, 0)
     return tensors
 
 

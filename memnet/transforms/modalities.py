@@ -185,7 +185,7 @@ def _onto_grid(volume: MetaTensor, reference: MetaTensor) -> torch.Tensor:
     if same_grid(grid_of(volume), grid_of(reference)):
         return volume.as_tensor()
     resample = SpatialResample(mode=GridSampleMode.BILINEAR, padding_mode=GridSamplePadMode.ZEROS)
-    volume = smoothed(volume, reference.affine)
+    volume = smoothed(volume, np.asarray(reference.affine))
     moved = torch.as_tensor(resample(volume, dst_affine=reference.affine, spatial_size=reference.shape[1:]))
     if not bool((moved != 0).any()):
         names = f"{volume.meta['filename_or_obj']} and {reference.meta['filename_or_obj']}"

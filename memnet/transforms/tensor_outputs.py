@@ -23,6 +23,7 @@ from memnet.diffusion.tensors import (
     rotate_tensors,
     rotation_of,
 )
+from memnet.transforms.grids import grid_of, same_grid
 from memnet.transforms.tensors import UNIT, interpolate
 from memnet.whole_files import whole_file
 
@@ -132,11 +133,17 @@ class SaveTensorsd(MapTransform):
                 shown[name] = self._in_world(refined[0], affine, inside)
         shown[self.method] = fine
         if self.reference_key in d:
-            reference = torch.as_tensor(d[self.reference_key]).cpu()
-            if tuple(reference.shape[1:]) == fine.shape[:3]:
-                shown["reference"] = self._in_world(reference[:6], affine, inside)
+            reference = d[self.reference_key]
+            expected = fine.shape[:3], fine_affine(affine, rate)
+            if same_grid(grid_of(reference), expected):
+                shown["reference"] = self._in_world(torch.as_tensor(reference).cpu()[:6], affine, inside)
             else:
-                logger.warning("the reference has %s voxels, not %s; not drawn", reference.shape[1:], fine.shape[:3])
+                logger.warning(
+                    "%s: not on the grid of the result (%s voxels for %s); not drawn",
+                    reference.meta["filename_or_obj"],
+                    tuple(reference.shape[1:]),
+                    expected[0],
+                )
         return shown
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from memnet.datasets.diffusion import prepare
 from memnet.datasets.diffusion_files import read_tensors, source_of
-from memnet.diffusion.tensors import SYMMETRIC, complete_edge, rotate_tensors, rotation_of
+from memnet.diffusion.tensors import SYMMETRIC, complete_edge, has_tensor, rotate_tensors, rotation_of
 from memnet.metadata import plain_tensor
 from memnet.transforms.grids import grid_of, same_grid
 from memnet.transforms.volumes import read_volume
@@ -84,8 +84,8 @@ class LoadTensorsd(MapTransform):
 
     Args:
         keys: entries that name a tensor image, see :func:`memnet.datasets.diffusion_files.read_tensors`.
-        masks: for each of them the entry that names the brain mask on the same grid, one half and more being brain; voxels whose
-            tensor is not zero are brain where the data has no such entry.
+        masks: for each of them the entry that names the brain mask on the same grid, one half and more being brain; where the
+            data has no such entry, voxels with a tensor are brain, see :func:`memnet.diffusion.tensors.has_tensor`.
         order: how the file's values are ordered.
         axes: what x, y and z are in the file.
         allow_missing_keys: leave out entries that the data does not have.
@@ -99,7 +99,7 @@ class LoadTensorsd(MapTransform):
         keys: KeysCollection,
         masks: KeysCollection,
         order: str = "nifti",
-        axes: Literal["world", "voxel", "fsl"] = "world",
+        axes: Literal["world", "voxel", "fsl"] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -115,7 +115,7 @@ class LoadTensorsd(MapTransform):
 
     def _load(self, path: str | Path, mask_path: str | Path | None) -> MetaTensor:
         tensors, affine = read_tensors(path, self.order, self.axes)
-        brain = tensors.any(-1)
+        brain = has_tensor(tensors)
         if mask_path is not None:
             mask = read_volume(mask_path, constant=True)
             if not same_grid(grid_of(mask), (brain.shape, affine)):

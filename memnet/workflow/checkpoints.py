@@ -76,8 +76,8 @@ def fitting_weights(
         ]
         raise ValueError(
             f"{path}: these weights do not fit {type(network).__name__} ({counts}; e.g. {example[0]}); "
-            "give the settings of the network that they were trained with, such as --network_def#channels or --n_unrolls; the "
-            "bundle's page names them, and for pack they stand in the bundle's configs"
+            "give the settings of the network that they were trained with, such as --n_blocks, --n_unrolls or "
+            "--network_def#channels; the bundle's page names them, and for pack they stand in the bundle's configs"
         )
     return {**wanted, **{k: v for k, v in weights.items() if k not in spare}}
 

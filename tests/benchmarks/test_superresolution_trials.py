@@ -28,10 +28,12 @@ def test_trial_is_recorded_once(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert capfd.readouterr().out == ""  # nothing was run
     with pytest.raises(ValueError, match="give another --output_dir"):
         run_trial(BUNDLE, 0, 1, data, out, n_training=1, epochs=2, **TINY)
+    with pytest.raises(ValueError, match="settings.json was made with"):  # records do not name the data set
+        run_trial(BUNDLE, 0, 1, tmp_path / "another", out, n_training=1, epochs=1, **TINY)
 
 
 def test_failure_leaves_no_record(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="training of .* failed"):
+    with pytest.raises(ValueError, match="training of .* failed"):
         run_trial(BUNDLE, 0, 0, tmp_path / "absent", tmp_path / "out", epochs=1)
     assert not list((tmp_path / "out").glob("*.json"))
 
@@ -51,6 +53,17 @@ def test_table_has_standard_errors_and_ratios_to_espcn() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in error_table(records).splitlines()[2:]]
     assert [row[:3] for row in rows[3:]] == [["ESPCN", "8", "2"], ["ESPCN-RN4", "8", "1"], ["ESPCN-RN2", "16", "1"]]
     assert rows[1][5] == "10.00 ± 1.00"  # interpolation is the same in every record: counted once
-    assert rows[3][5] == "22.00 ± 1.15"  # of four values, deviation 2.309
+    assert rows[3][5] == "22.00 ± 2.00"  # of two subjects; two seeds make no four of them
     assert [row[-1] for row in rows] == ["-", "-", "-", "1.000", "0.955", "-"]
     assert error_table([]) == "No trial is done."
+
+
+def test_a_subject_without_interior_counts_elsewhere() -> None:
+    errors = {
+        f"{m}{q}": [9.0, 11.0]
+        for m in ("", "trilinear_", "cubic_", "signals_")
+        for q in ("interior", "edge", "total", "md", "fa")
+    }
+    record = {"settings": {"n_blocks": 0, "n_training": 1}, "errors": errors | {"interior": [float("nan"), 7.0]}}
+    row = [cell.strip() for cell in error_table([record]).splitlines()[-1].split("|")[1:-1]]
+    assert row[3:6] == ["7.00", "10.00 ± 1.00", "10.00 ± 1.00"]

@@ -12,7 +12,16 @@ import pytest
 from diffusion_cases import GRIDS, field, fsl_bvecs, positions, write_hcp, write_series
 
 from memnet.datasets import diffusion
-from memnet.datasets.diffusion import find_inputs, find_series, find_tensor_cases, prepare, split_subjects
+from memnet.datasets.diffusion import (
+    SPLIT_FILE,
+    find_inputs,
+    find_series,
+    find_tensor_cases,
+    keep_split,
+    prepare,
+    split_subjects,
+    tell_seen,
+)
 from memnet.datasets.diffusion_blocks import cut_blocks
 from memnet.datasets.diffusion_files import read_series, read_tensors, write_tensors
 from memnet.diffusion.tensors import (
@@ -360,3 +369,86 @@ def test_blocks_are_apart_and_where_they_were(tmp_path):
     shutil.rmtree(tmp_path / "blocks" / "test")
     with pytest.raises(ValueError, match="shares"):
         cut_blocks(path, tmp_path / "blocks", (0.5, 0.2, 0.2))
+
+
+@pytest.mark.parametrize("gap, margin, said", [(-1, 0, "gap is -1"), (1, 8, "for test, hold no brain")])
+def test_blocks_that_cannot_be_are_not_begun(gap, margin, said, tmp_path):
+    path = write_series(tmp_path / "whole", (6, 20, 6))
+    mask = np.zeros((6, 20, 6), np.uint8)
+    mask[:, : 20 - margin] = 1
+    nib.save(nib.Nifti1Image(mask, nib.load(path).affine), path.parent / "nodif_brain_mask.nii.gz")
+    with pytest.raises(ValueError, match=said):
+        cut_blocks(path, tmp_path / "blocks", (0.5, 0.2, 0.3), gap)
+    assert not (tmp_path / "blocks").exists()
+
+
+def test_interpolated_signals_of_other_data_are_not_kept(tmp_path):
+    """A training in between, which does not need them, made the folder look as if it were of the new data."""
+    data = write_series(tmp_path / "one", (8, 8, 8))
+    series, cache = find_series(tmp_path / "one"), tmp_path / "cache"
+    prepare(series, cache, progress=False, interpolated=True)
+    image = nib.load(data)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1] ** 0.9, image.affine), data)
+    prepare(series, cache, progress=False)
+    (case,) = prepare(series, cache, progress=False, interpolated=True)
+    (fresh,) = prepare(series, tmp_path / "fresh", progress=False, interpolated=True)
+    found, expected = (read_tensors(one["tensor_interpolated"])[0] for one in (case, fresh))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_voxels_without_a_signal_have_no_tensor(tmp_path):
+    data = write_series(tmp_path, (6, 6, 6), margin=0)
+    image = nib.load(data)
+    signals = np.asarray(image.dataobj).copy()
+    signals[0], signals[1, ..., 0], signals[2, ..., 1:] = 0, 0, 0
+    nib.save(nib.Nifti1Image(signals, image.affine), data)
+    tensors = fit_tensors(read_series(data))
+    assert not tensors[:3].any() and tensors[3:].all(-1).any()
+
+
+@pytest.mark.parametrize("layout", ["flat", "folders", "hcp"])
+def test_names_tell_the_patient(layout, tmp_path):
+    for patient in range(6):
+        for session in (1, 2):
+            bids, hcp = f"sub-{patient}_ses-{session}", f"10030{patient}" + ("_Retest" if session == 2 else "")
+            file = {
+                "flat": tmp_path / f"{bids}_dwi.nii.gz",
+                "folders": tmp_path / bids / "dwi.nii.gz",
+                "hcp": tmp_path / hcp / "T1w" / "Diffusion" / "data.nii.gz",
+            }[layout]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            file.with_name(file.name.replace(".nii.gz", ".bval")).write_text("0 " + "1000 " * 6)
+    sections = split_subjects(find_series(tmp_path), None, 1, 2)
+    patients = [{case["subject"][:6] for case in cases} for cases in sections.values()]
+    assert [len(cases) for cases in sections.values()] == [6, 2, 4]
+    assert [len(some) for some in patients] == [3, 1, 2] and len(set.union(*patients)) == 6
+
+
+def test_a_training_goes_on_with_the_subjects_that_it_had(tmp_path, caplog):
+    data, file = write_hcp(tmp_path / "hcp", 4, shape=(7, 6, 6)), tmp_path / "run" / SPLIT_FILE
+    cases = find_tensor_cases(str(data), tmp_path / "cache", split_seed=1)
+    assert keep_split(cases, file) == cases == keep_split(cases, file, resume=True)
+    assert tell_seen(cases, "test", file.with_name("model_best.pt")) == cases and not caplog.text
+    other = find_tensor_cases(str(data), tmp_path / "cache", split_seed=2)
+    with pytest.raises(ValueError, match="had other subjects for training"):
+        keep_split(other, file, resume=True)
+    seen = {"training": [], "validation": [], "test": cases["training"] + cases["test"]}
+    tell_seen(seen, "test", tmp_path / "elsewhere" / "model.pt")
+    assert not caplog.text
+    tell_seen(seen, "test", file.with_name("model_best.pt"))
+    assert "2 of 3 test series were trained on" in caplog.text
+
+
+def test_folders_of_sections(tmp_path, caplog):
+    for section, patients in {"training": "123", "validation": "4", "test": "51"}.items():
+        for patient in patients:
+            names = [f"sub-{patient}_dwi{suffix}" for suffix in (".nii.gz", ".bval", ".bvec", "_mask.nii.gz")]
+            write_series(tmp_path / "data" / section, (7, 6, 6), names=names)
+    cases = find_tensor_cases(str(tmp_path / "data"), tmp_path / "cache", n_training=2)
+    assert [case["subject"] for case in cases["training"]] == ["sub-1_dwi", "sub-2_dwi"]
+    assert not (tmp_path / "cache" / "training" / "sub-3_dwi").exists()  # what is left out is not prepared
+    assert "sub-1 is in training and in test" in caplog.text and "sub-5 is in" not in caplog.text
+    for wrong in (0, 4, -1):
+        with pytest.raises(ValueError, match=f"n_training is {wrong}; .* has 3 subjects"):
+            find_tensor_cases(str(tmp_path / "data"), tmp_path / "cache", n_training=wrong)

@@ -149,3 +149,11 @@ def test_impossible_voxels_are_refused(tmp_path: Path) -> None:
         deform(series, 0, voxel_size=1.5)
     with pytest.raises(ValueError, match="leave .* of 13 mm"):
         deform(series, 0, voxel_size=13.0)
+
+
+@pytest.mark.parametrize("words", [["--noise", "-2", "-1"], ["--margin", "3", "-3"], ["--voxel_size", "4", "2"]])
+def test_impossible_ranges_are_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_series(tmp_path / "one", (6, 6, 6))
+    assert main(["diffusion-copies", str(data), "--output_dir", str(tmp_path / "out"), *words]) == 1
+    assert f"{words[0]} is {words[1]} {words[2]}, expected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

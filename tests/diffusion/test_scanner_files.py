@@ -8,11 +8,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from diffusion_cases import GRIDS, field, positions, write_series
+from diffusion_cases import GRIDS, field, fsl_bvecs, positions, write_series
 
 from memnet.datasets.diffusion import find_series
 from memnet.datasets.diffusion_files import read_series, read_tensors, write_tensors
-from memnet.diffusion.tensors import TENSOR_ORDERS, as_channels, as_matrices, fit_tensors
+from memnet.diffusion.tensors import TENSOR_ORDERS, as_channels, as_matrices, fit_tensors, has_tensor
 from memnet.transforms.tensors import LoadTensorsd
 
 AFFINE = GRIDS["oblique"]  # right-handed, so that FSL's first axis is reversed
@@ -125,4 +125,93 @@ def test_tensors_of_another_order_than_named_are_refused(written, tmp_path):
     nib.save(nib.Nifti1Image(tensors[..., order].astype(np.float32), AFFINE), tmp_path / "dti_tensor.nii.gz")
     with pytest.raises(ValueError, match=f"give --tensor_order {written}"):
         read_tensors(tmp_path / "dti_tensor.nii.gz")
-    np.testing.assert_allclose(read_tensors(tmp_path / "dti_tensor.nii.gz", written)[0], tensors, rtol=1e-5)
+    found = read_tensors(tmp_path / "dti_tensor.nii.gz", written, "world")[0]
+    np.testing.assert_allclose(found, tensors, rtol=1e-5)
+
+
+def test_the_order_of_fsl_means_its_axes(tmp_path):
+    """Signs of xy and xz were silently wrong with the order alone."""
+    voxel = fsl_bvecs(np.eye(3), AFFINE)  # FSL's axes of the world's
+    tensors = voxel.T @ field(positions(SHAPE, AFFINE)) @ voxel
+    order = [TENSOR_ORDERS["nifti"].index(entry) for entry in TENSOR_ORDERS["fsl"]]
+    nib.save(
+        nib.Nifti1Image(as_channels(tensors)[..., order].astype(np.float32), AFFINE), tmp_path / "dti_tensor.nii.gz"
+    )
+    found, named = (read_tensors(tmp_path / "dti_tensor.nii.gz", "fsl", axes)[0] for axes in (None, "fsl"))
+    np.testing.assert_array_equal(found, named)
+    np.testing.assert_allclose(found, as_channels(field(positions(SHAPE, AFFINE))), atol=1e-8)
+
+
+def test_own_tensors_say_themselves_what_their_axes_are(tmp_path):
+    tensors = as_channels(field(positions(SHAPE, AFFINE))).astype(np.float32)
+    write_tensors(tmp_path / "t.nii.gz", tensors, AFFINE)
+    np.testing.assert_array_equal(read_tensors(tmp_path / "t.nii.gz", "fsl", "fsl")[0], tensors)
+
+
+@pytest.mark.parametrize(
+    "factor, said", [(-1, "whatever their order"), (1e-6, "no diffusivities"), (1e6, "no diffusivities")]
+)
+def test_values_that_are_no_tensors(factor, said, tmp_path):
+    tensors = factor * as_channels(field(positions(SHAPE, AFFINE)))
+    nib.save(nib.Nifti1Image(tensors.astype(np.float32), AFFINE), tmp_path / "t.nii.gz")
+    with pytest.raises(ValueError, match=f"t.nii.gz: .*{said}"):
+        read_tensors(tmp_path / "t.nii.gz")
+
+
+def test_scaled_integers_have_a_background(tmp_path):
+    """Zero is not quite zero in them, and was brain."""
+    tensors = as_channels(field(positions(SHAPE, AFFINE)))
+    tensors[:3] = 0
+    image = nib.Nifti1Image(tensors.astype(np.float32), AFFINE)
+    image.set_data_dtype(np.int16)
+    nib.save(image, tmp_path / "t.nii.gz")
+    stored = read_tensors(tmp_path / "t.nii.gz")[0]
+    assert stored[:3].any() and not has_tensor(stored[:3]).any() and has_tensor(stored[3:]).all()
+
+
+def test_no_nifti_image(tmp_path):
+    nib.save(nib.MGHImage(np.zeros((3, 3, 3, 6), np.float32), np.eye(4)), tmp_path / "t.mgz")
+    with pytest.raises(ValueError, match="t.mgz: not a NIfTI image, but MGHImage"):
+        read_tensors(tmp_path / "t.mgz")
+
+
+def test_complex_series_are_refused(tmp_path):
+    data = write_series(tmp_path, SHAPE)
+    image = nib.load(data)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj).astype(np.complex64), image.affine), data)
+    with pytest.raises(ValueError, match="data.nii.gz: it holds complex values"):
+        read_series(data)
+
+
+@pytest.mark.parametrize("factor, unit", [(1e6, "s/m\\^2"), (1e-3, "ms/um\\^2")])
+def test_b_values_in_another_unit(factor, unit, tmp_path):
+    write_series(tmp_path, SHAPE)
+    np.savetxt(tmp_path / "bvals", np.loadtxt(tmp_path / "bvals")[None] * factor, fmt="%g")
+    with pytest.raises(ValueError, match=f"are they in {unit}"):
+        read_series(find_series(tmp_path)[0]["data"])
+
+
+def test_a_direction_that_is_no_number_is_counted(tmp_path):
+    write_series(tmp_path, SHAPE)
+    bvecs = np.loadtxt(tmp_path / "bvecs")
+    bvecs[:, 4] = np.nan
+    np.savetxt(tmp_path / "bvecs", bvecs)
+    with pytest.raises(ValueError, match="1 of 12 directions are no unit vectors"):
+        read_series(tmp_path / "data.nii.gz")
+
+
+def test_why_a_series_is_left_out(tmp_path, caplog):
+    for subject in ("sub-1", "sub-2", "sub-3"):
+        write_series(
+            tmp_path / subject / "dwi",
+            SHAPE,
+            names=[f"{subject}_dwi{s}" for s in (".nii.gz", ".bval", ".bvec", "_mask.nii.gz")],
+        )
+    (tmp_path / "sub-1" / "dwi" / "sub-1_dwi.bval").unlink()
+    (tmp_path / "sub-2" / "dwi" / "sub-2_dwi.bval").write_text("")
+    assert [one["patient"] for one in find_series(tmp_path)] == ["sub-2", "sub-3"]
+    assert "sub-1_dwi.nii.gz: left out, it has no .bval" in caplog.text
+    with pytest.raises(
+        ValueError, match="sub-2_dwi.bval: holds no numbers"
+    ):  # in its turn, and without a warning of numpy's
+        read_series(tmp_path / "sub-2" / "dwi" / "sub-2_dwi.nii.gz")
