@@ -1,6 +1,6 @@
 # One command a job, the same for a person and for CI. Everything is installed once, into .venv.
 .DELETE_ON_ERROR:
-.PHONY: demo install test bench check label-server test-label clean
+.PHONY: demo install test bench check label-server scans-to-serve test-label clean
 
 BUNDLE := bundles/brain_mri_tissue_invres
 OUTPUT := demo
@@ -43,8 +43,7 @@ check: .venv/installed
 
 # Copies, so that nothing the server writes reaches the shipped weights; what it trains lands in models/, where it looks for
 # weights. It numbers labels by the network's channels, so the enhancing tumour is 3 here rather than BraTS's 4.
-label-server: .venv-label/installed
-	@test -d "$(STUDIES)" || { echo "which folder holds the scans? make label-server STUDIES=folder" >&2; exit 2; }
+label-server: scans-to-serve .venv-label/installed
 	test -d "$(LABEL_APP)" || $(LABEL_PYTHON) -m monailabel.main apps --download --name monaibundle --output "$(LABEL_APP)"
 	@for bundle in $(LABEL_BUNDLES); do \
 		copy="$(LABEL_APP)/monaibundle/model/$$bundle"; \
@@ -57,6 +56,10 @@ label-server: .venv-label/installed
 	$(LABEL_PYTHON) -m monailabel.main start_server --app "$(LABEL_APP)/monaibundle" --studies "$(STUDIES)" \
 		--host 127.0.0.1 --port $(LABEL_PORT) --conf zoo_source local --conf sam2 false \
 		--conf models $(shell echo $(LABEL_BUNDLES) | tr ' ' ,)
+
+# before the environment, whose installation takes minutes
+scans-to-serve:
+	@test -d "$(STUDIES)" || { echo "which folder holds the scans? make label-server STUDIES=folder" >&2; exit 2; }
 
 # Apart from `make test`, since the environment takes minutes to install and the server minutes to train.
 test-label: .venv/installed .venv-label/installed

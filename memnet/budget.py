@@ -22,7 +22,11 @@ from memnet.tracing import is_traced
 
 __all__ = ["fit_to_budget", "parse_bytes"]
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "": 1,
+    **{f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)},
+    **{f"{k}IB": 1024**n for n, k in enumerate("KMGT", 1)},
+}
 
 _MARGIN = 1.05  # what a simulation may be off by
 
@@ -34,13 +38,16 @@ def parse_bytes(amount: int | float | str) -> int:
     """Read a number of bytes such as ``12GiB``, ``800 MB`` or ``1e9``.
 
     Raises:
-        ValueError: it is none, or not above 0.
+        ValueError: it is none, or below a kilobyte, as where the unit was left out.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([a-z]*)\s*", str(amount).lower())
     unit = found.group(2).upper() if found else ""
     if not found or (unit not in _UNITS and unit + "B" not in _UNITS) or float(found.group(1)) <= 0:
         raise ValueError(f"{amount!r} is no amount of memory; write 12GiB or 800MB")
-    return int(float(found.group(1)) * _UNITS.get(unit, _UNITS.get(unit + "B", 1)))
+    n_bytes = int(float(found.group(1)) * _UNITS.get(unit, _UNITS.get(unit + "B", 1)))
+    if n_bytes < 1000:
+        raise ValueError(f"{amount!r} would be {n_bytes} bytes, in which nothing fits; write 12GiB or 800MB")
+    return n_bytes
 
 
 def fit_to_budget(

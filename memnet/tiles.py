@@ -294,10 +294,12 @@ class _Part(nn.Module):
     def forward(self, x: torch.Tensor, *affine: torch.Tensor) -> torch.Tensor:
         y = x if self._normalization is not None else x.clone()  # an activation may write over it
         if self._normalization is not None:
-            # Group and instance norm are batch norm of one.
-            known, y = self._normalization, y.reshape(1, -1, *x.shape[2:])
+            # Group and instance norm are batch norm of one. A batch of one stays as it is: reshaped, channels last would get a
+            # batch's stride for which PyTorch's backward pass of batch norm is wrong on a CPU.
+            known, y = self._normalization, y.reshape(1, -1, *x.shape[2:]) if len(x) > 1 else y
             mean, variance, (weight, bias) = known.mean.flatten(), known.variance.flatten(), affine
-            y = functional.batch_norm(y, mean, variance, weight, bias, eps=known.eps).reshape(x.shape)
+            y = functional.batch_norm(y, mean, variance, weight, bias, eps=known.eps)
+            y = y.reshape(x.shape) if len(x) > 1 else y
         for before, layer in itertools.pairwise([self.norm, *self.layers]):
             y = self._convolve(layer, y) if isinstance(layer, _ConvNd) else activate(layer, y, before)
         return y

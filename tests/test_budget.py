@@ -206,10 +206,13 @@ def test_budgets_that_make_no_sense_are_refused():
     for memory, budget in (("auto", None), ("invert", "1GiB")):
         with pytest.raises(ValueError, match="needs a budget, and nothing else does"):
             set_memory(couplings(1), memory, budget)
-    for amount in ("a lot", "0", "-1GiB", "1.2.3GiB", "."):
-        with pytest.raises(ValueError, match="is no amount of memory"):
+    for amount, said in {
+        **dict.fromkeys(("a lot", "0", "-1GiB", "1.2.3GiB", "."), "no amount"),
+        "12": "12 bytes",
+    }.items():
+        with pytest.raises(ValueError, match=said):
             Chain(couplings(1), "auto", memory_budget=amount)
-    assert [parse_bytes(amount) for amount in (512, 1e9, "1.5KiB")] == [512, 10**9, 1536]
+    assert [parse_bytes(amount) for amount in (5120, 1e9, "1.5KiB", "2 TB")] == [5120, 10**9, 1536, 2 * 10**12]
 
 
 def test_arguments_by_name_are_part_of_what_is_fitted():

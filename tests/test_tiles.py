@@ -169,6 +169,20 @@ def test_every_strategy_has_the_bits_of_store_with_the_same_tiles(autocast, frac
             torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Identity, nn.GELU, nn.LeakyReLU])
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 4), lambda: nn.InstanceNorm3d(4, affine=True)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_of_channels_last_input(norm, activation, batch):
+    """PyTorch's batch norm is wrong in its backward pass for some strides of a batch of one, and all strategies were."""
+    torch.manual_seed(1)
+    f, g = (nn.Sequential(norm(), activation(), nn.Conv3d(4, 4, 3, padding=1)) for _ in range(2))
+    x = [torch.randn(batch, 4, 9, 7, 6).to(memory_format=torch.channels_last_3d) for _ in range(2)]
+    found, expected = (step(Chain([AdditiveCoupling(f, g, None, tile)]), x, "store") for tile in ((3,), None))
+    for tiled, whole in zip(found, expected, strict=True):
+        for name, value in whole.items():
+            torch.testing.assert_close(tiled[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
+
+
 def test_the_inverse_is_exact():
     block = in_tiles(couplings(1, lambda: norm_act_conv(3, 4, 4)), "auto")[0]
     check_round_trip(block, [round_to_grid(x, 14) for x in streams(2, 4, 5, 6, 9)], 0.0)

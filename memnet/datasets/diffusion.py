@@ -193,7 +193,10 @@ def prepare(
                 made["interpolated"] = replace(made["low"].fine(rate), mask=made["high"].mask)
             record.unlink(missing_ok=True)
             if not is_there:
-                for file in ("tensor_interpolated.nii.gz", "mask_interpolated.nii.gz"):  # which may not be made this time
+                for file in (
+                    "tensor_interpolated.nii.gz",
+                    "mask_interpolated.nii.gz",
+                ):  # which may not be made this time
                     (folder / file).unlink(missing_ok=True)
             for key, at in made.items():
                 tensors = fit_tensors(at, progress)

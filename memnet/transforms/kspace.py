@@ -196,7 +196,7 @@ class RandKspaceNoised(RandomizableTransform):
 
 
 class RandUndersampled(RandomizableTransform):
-    """Throw samples of fully sampled k-space away.
+    """Throw samples of fully sampled k-space away; of a scan that has few already, it is told that it loses more.
 
     Args:
         mask: which ones stay.
@@ -206,7 +206,7 @@ class RandUndersampled(RandomizableTransform):
     def __init__(self, mask: KspaceMask, seed: int | None = None) -> None:
         RandomizableTransform.__init__(self, 1.0)
         self.mask, self.seed = mask, seed
-        self._has_told = False
+        self._has_told = self._has_told_share = False
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         """Return the data with less of ``kspace`` and with the new ``mask``.
@@ -221,6 +221,14 @@ class RandUndersampled(RandomizableTransform):
                 "%s: slices of a 2D scan, whose readout lies in the slice; a Poisson disc leaves out parts of each readout, "
                 "which no scan does",
                 _file(d),
+            )
+        share = float(_fitting(d, d["mask"]).float().mean())
+        if share < _LEAST_SAMPLED and self.seed is not None and not self._has_told_share:
+            self._has_told_share = True
+            logger.warning(
+                "%s: %.0f %% of k-space is sampled, and an acceleration takes more away; leave it out for a scan as it is",
+                _file(d),
+                100 * share,
             )
         # one draw of the transform's own generator seeds the mask, so that MONAI's way of seeding reaches it
         self.mask.set_random_state(seed=int(self.R.randint(2**31)) if self.seed is None else self.seed)
@@ -259,10 +267,14 @@ class PackKspaced(Transform):
     """Put ``kspace``, ``csm`` and ``mask`` together into ``image``, see :func:`memnet.nets.packed.pack`."""
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
-        """Return ``image``, MetaTensor complex64 ``(2 coils + 1, slices or frames, y, z)``, and what else there was."""
+        """Return ``image``, MetaTensor complex64 ``(2 coils + 1, slices or frames, y, z)``, and what else there was.
+
+        The entry ``sampled`` of the metadata is the share of k-space that was.
+        """
         d = dict(data)
-        kspace = d.pop("kspace")
-        d["image"] = with_meta_of(pack(plain_tensor(kspace), d.pop("csm"), d.pop("mask")), kspace)
+        kspace, mask = d.pop("kspace"), d.pop("mask")
+        d["image"] = with_meta_of(pack(plain_tensor(kspace), d.pop("csm"), mask), kspace)
+        d["image"].meta["sampled"] = float(mask.float().mean())
         return d
 
 

@@ -72,7 +72,9 @@ class LoadKspaced(MapTransform):
             kspace, mask, affine, calibration, is_stack = self._read(path, slice_index)
             if calibration is not None:
                 d["calibration"] = calibration
-        meta = {"filename_or_obj": str(path), "is_stack": is_stack}  # slices encoded one by one
+        is_simulated = path.name.endswith((".nii", ".nii.gz"))
+        # is_stack: slices encoded one by one
+        meta = {"filename_or_obj": str(path), "is_stack": is_stack, "is_simulated": is_simulated}
         d["kspace"] = MetaTensor(kspace, torch.from_numpy(affine), meta=meta)
         d["mask"] = mask
         return d

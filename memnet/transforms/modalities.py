@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandGaussianNoised, RandomizableTransform, SpatialResample
 from monai.utils import GridSampleMode, GridSamplePadMode
 
+from memnet.dicom import split_uid
 from memnet.transforms.grids import grid_of, require_one_grid, same_grid, smoothed
 from memnet.transforms.intensity import zero_background
 from memnet.transforms.volumes import check_volume, read_volume
@@ -27,7 +28,8 @@ MODALITIES = ("T1", "T2")
 class LoadModalitiesd(MapTransform):
     """Load the modalities of a subject into one image whose channel is all zero where a modality is missing.
 
-    The image has the grid of the first modality that is there; another one's grid may differ only with ``resample``.
+    The image has the grid of the first modality that is there; another one's grid may differ only with ``resample``. The
+    metadata is the first one's, and ``beside`` has the names of the others' files.
 
     Args:
         keys: the entries to load: a list of a file for each modality, ``None`` for a missing one; one file, of a single
@@ -124,6 +126,8 @@ class LoadModalitiesd(MapTransform):
             shifted = cast(MetaTensor, zero_background(volume)) if self.strip_background else volume
             image[channel] = _onto_grid(shifted, first)[0]
         meta = {k: v for k, v in first.meta.items() if k != "affine"}
+        others = [str(v.meta["filename_or_obj"]) for v in volumes.values() if v is not first]
+        meta["beside"] = ", ".join(sorted({Path(split_uid(name)[0]).name for name in others} - {""}))
         shown = volumes.get(self.modalities.index(self.shown)) if self.shown else None
         if shown is not None and same_grid(grid_of(shown), grid_of(first)):
             meta["shown"] = shown.meta["filename_or_obj"]

@@ -54,6 +54,7 @@ def overlay_figure(scan: str | Path, labels: str | Path, legend: Legend) -> Any:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from matplotlib.patheffects import withStroke
 
     volume, segmented = read_volume(scan, constant=True), nib.squeeze_image(nib.load(labels))
     affine = segmented.affine
@@ -106,7 +107,10 @@ def overlay_figure(scan: str | Path, labels: str | Path, legend: Legend) -> Any:
             ends = ("A", "P") if name == "sagittal" else ("R", "L")
             # canonical axes grow to the right, to the front and up
             for text, x, side in ((ends[1], 0.02, "left"), (ends[0], 0.98, "right")):
-                axes.text(x, 0.5, text, color="#b8c0cc", fontsize=11, ha=side, va="center", transform=axes.transAxes)
+                letter = axes.text(
+                    x, 0.5, text, color="white", fontsize=12, ha=side, va="center", transform=axes.transAxes
+                )
+                letter.set_path_effects([withStroke(linewidth=2.5, foreground="black")])
     volumes = label_volumes(values, affine, {name: of_class for name, (of_class, _) in legend.classes.items()})
     handles = [Patch(color=c, label=f"{name}   {volumes[name]:.0f} ml") for name, (_, c) in legend.classes.items()]
     figure.legend(

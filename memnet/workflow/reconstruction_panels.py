@@ -19,7 +19,9 @@ _FRAME_MS = 60
 _WIDTH, _MARGIN, _TITLE = 2.4, 0.04, 0.28  # inches
 
 
-def write_pictures(images: Mapping[str, torch.Tensor], stem: str | Path, movie: bool = False) -> list[Path]:
+def write_pictures(
+    images: Mapping[str, torch.Tensor], stem: str | Path, movie: bool = False, sides: tuple[float, float] = (1.0, 1.0)
+) -> list[Path]:
     """Draw magnitudes, and below them what they miss of the last one, five times as bright.
 
     Of a volume the middle slice is shown. Of a movie the middle frame, the course in time of the line through the middle of
@@ -29,6 +31,7 @@ def write_pictures(images: Mapping[str, torch.Tensor], stem: str | Path, movie: 
         images: name to magnitudes ``(1, slices or frames, y, z)``, of any scale that they share; the last is the reference.
         stem: files to write, without suffix.
         movie: whether the first dimension is the frames.
+        sides: of a voxel along y and z, in any unit.
 
     Returns:
         The PNG and, of a movie, the GIF.
@@ -50,24 +53,26 @@ def write_pictures(images: Mapping[str, torch.Tensor], stem: str | Path, movie: 
     bright = float(np.percentile(reference, 99.8))
     png = stem.with_name(f"{stem.name}.png")
     with whole_file(png) as partial:
-        _canvas(rows, bright, ("", f"error x {_AMPLIFICATION}", "time")).figure.savefig(
+        _canvas(rows, bright, ("", f"error x {_AMPLIFICATION}", "time"), sides).figure.savefig(
             partial, dpi=110, facecolor=_BACKGROUND, format="png"
         )
     if not movie:
         return [png]
     gif = stem.with_name(f"{stem.name}.gif")
-    _animate(magnitudes, bright, gif)
+    _animate(magnitudes, bright, gif, sides)
     return [png, gif]
 
 
-def _canvas(rows: list[dict[str, np.ndarray]], bright: float, words: tuple[str, ...]) -> Any:
+def _canvas(
+    rows: list[dict[str, np.ndarray]], bright: float, words: tuple[str, ...], sides: tuple[float, float]
+) -> Any:
     """Return a drawn canvas: planes in rows, whose first dimension goes up, with their names above."""
     # here, since drawing is optional and the import slow
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     height, width = next(iter(rows[0].values())).shape
-    cell = _WIDTH * height / width
+    cell = _WIDTH * (height * sides[1]) / (width * sides[0])
     size = (len(rows[0]) * (_WIDTH + _MARGIN) + _MARGIN, len(rows) * (cell + _MARGIN) + _MARGIN + _TITLE)
     figure = Figure(figsize=size, facecolor=_BACKGROUND)
     canvas = FigureCanvasAgg(figure)
@@ -88,12 +93,12 @@ def _canvas(rows: list[dict[str, np.ndarray]], bright: float, words: tuple[str, 
     return canvas
 
 
-def _animate(magnitudes: Mapping[str, np.ndarray], bright: float, target: Path) -> None:
+def _animate(magnitudes: Mapping[str, np.ndarray], bright: float, target: Path, sides: tuple[float, float]) -> None:
     from PIL import Image  # comes with matplotlib
 
     frames = []
     for t in range(len(next(iter(magnitudes.values())))):
-        canvas = _canvas([{name: image[t].T for name, image in magnitudes.items()}], bright, ("",))
+        canvas = _canvas([{name: image[t].T for name, image in magnitudes.items()}], bright, ("",), sides)
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(128))
     with whole_file(target) as partial:
         frames[0].save(

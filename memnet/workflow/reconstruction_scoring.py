@@ -142,7 +142,8 @@ def score_reconstruction(
             print(", ".join(f"{v:.4g}" if isinstance(v, float) else v for v in rows[-1].values()), flush=True)
         images["reference"] = case["label"]
         magnitudes = {name: image.norm(dim=0, keepdim=True) for name, image in images.items()}
-        write_pictures(magnitudes, folder / case_name, movie)
+        sides = case["image"].affine[:3, :3].norm(dim=0).tolist()
+        write_pictures(magnitudes, folder / case_name, movie, (sides[0], sides[1]) if movie else (sides[1], sides[2]))
     lines = [_table(rows, list(solvers))]
     if missing:
         lines += ["", f"Not installed: {', '.join(missing)}."]

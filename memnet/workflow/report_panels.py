@@ -62,11 +62,14 @@ class LabelPanel:
         labels = nib.load(meta["saved_to"])
         volumes = label_volumes(np.asarray(labels.dataobj), labels.affine, self.legend.volumes)
         numbers: dict[str, str | float] = {f"{name} [ml]": volume for name, volume in volumes.items()}
-        found = ReportedCase(_source(meta), {"label map": Path(meta["saved_to"]).name, **numbers})
+        beside = {"read beside it": meta["beside"]} if meta.get("beside") else {}
+        found = ReportedCase(_source(meta), {**beside, "label map": Path(meta["saved_to"]).name, **numbers})
         if draw:
             figure = overlay_figure(meta.get("shown", meta["filename_or_obj"]), meta["saved_to"], self.legend)
             found.picture = _png(figure, 80)
-            found.shows = f"axial, coronal and sagittal planes, with {', '.join(self.legend.classes)} below"
+            shown = Path(str(split_uid(meta["shown"])[0])).name if "shown" in meta else ""
+            found.shows = f"axial, coronal and sagittal planes{f' of {shown}' * bool(shown)}, "
+            found.shows += f"with {', '.join(self.legend.classes)} below"
         return found
 
 
@@ -87,6 +90,9 @@ class ImagePanel:
         values = np.asarray(image.dataobj, dtype=np.float32)
         found = ReportedCase(_source(meta), {"image": Path(meta["saved_to"]).name, **_size(image)})
         found.numbers |= {name: float(getattr(values, name)()) for name in ("min", "mean", "max")}
+        if "sampled" in meta:
+            found.numbers |= {"k-space [%]": 100 * float(meta["sampled"])}
+            found.numbers |= {"raw data": "simulated from magnitudes" if meta.get("is_simulated") else "as read"}
         if draw:
             _draw(found, _planes(values, image.header.get_zooms()), float(np.percentile(values, 99.5)))
         return found
@@ -133,6 +139,9 @@ class ComparisonPanel:
         axis: the dimension across which the planes lie: 3 is axial in RAS, 1 the slices or frames of a reconstruction.
         tensors: the entries are diffusion tensors; their fractional anisotropy is shown.
         within: an entry on the same grid whose last channel is above 0 where planes are to be shown; everywhere if ``None``.
+        movie: the entries' first dimension is time, and the image's affine is of the two others.
+
+    Images are shown at the brightness of the last of them.
     """
 
     def __init__(
@@ -142,8 +151,10 @@ class ComparisonPanel:
         axis: int = 3,
         tensors: bool = False,
         within: str | None = None,
+        movie: bool = False,
     ) -> None:
         self.entries, self.axis, self.tensors, self.within = dict(entries), axis, tensors, within
+        self.movie = movie
         classes = LEGENDS[legend].classes if legend else {}
         self.colours = {name: colour for name, (_, colour) in classes.items()}
 
@@ -154,28 +165,33 @@ class ComparisonPanel:
             entries = [case[key] for key in self.entries.values()]
             inside = None if self.within is None else torch.as_tensor(case[self.within])[-1:] > 0
             # what a network or an interpolation gives may know nothing of the grid that all are on
-            placed = next((x for x in entries if not np.allclose(_affine(x), np.eye(4))), entries[0])
+            placed = next((x for x in (*entries, case["image"]) if not np.allclose(_affine(x), np.eye(4))), entries[0])
             sides = np.linalg.norm(_affine(placed)[:3, :3], axis=0).tolist()
-            shown = {title: self._plane(x, sides, inside) for title, x in zip(self.entries, entries, strict=True)}
-            found.picture, found.shows = _png(_row(shown, self.colours)), ", ".join(shown)
+            sides = [1.0, *sides[:2]] if self.movie else sides
+            planes = [self._plane(x, inside) for x in entries]
+            images = [plane for plane in planes if not np.issubdtype(plane.dtype, np.integer)]
+            white = 0.8 if self.tensors else float(np.percentile(images[-1], 99.5)) if images else 1.0
+            right, up = (side for axis, side in enumerate(sides, 1) if axis != self.axis)
+            shown = {
+                title: (plane if np.issubdtype(plane.dtype, np.integer) else plane / (white or 1), (right, up))
+                for title, plane in zip(self.entries, planes, strict=True)
+            }
+            found.picture = _png(_row(shown, self.colours))
+            found.shows = ("FA: " if self.tensors else "") + ", ".join(shown)
         return found
 
-    def _plane(
-        self, volume: Any, sides: Sequence[float], inside: torch.Tensor | None
-    ) -> tuple[np.ndarray, tuple[float, float]]:
+    def _plane(self, volume: Any, inside: torch.Tensor | None) -> np.ndarray:
         values = torch.as_tensor(volume).detach().float().cpu()
         if inside is not None:
             values = values * inside.cpu()
         middle = values.select(self.axis, values.shape[self.axis] // 2)
         if self.tensors:
-            plane = fractional_anisotropy(np.moveaxis(middle[:6].numpy(), 0, -1)) / 0.8
+            plane = fractional_anisotropy(np.moveaxis(middle[:6].numpy(), 0, -1))
         elif (classes := class_map(middle)[0]) is not None:
             plane = classes.numpy().astype(np.uint8)
         else:
             plane = first_filled(middle).numpy()
-            plane = plane / (np.percentile(plane, 99.5) or 1)
-        right, up = (side for axis, side in enumerate(sides, 1) if axis != self.axis)
-        return plane.T, (right, up)
+        return plane.T
 
 
 def _affine(volume: Any) -> np.ndarray:

@@ -53,6 +53,8 @@ class LabelReport:
             image = nib.load(labels)
             volumes = label_volumes(np.asarray(image.dataobj), image.affine, self.legend.volumes)
             logger.info("%s", scan)
+            if meta.get("beside"):
+                logger.info("  and        %s", meta["beside"])
             logger.info("  label map  %s", labels)
             if "segmentation" in meta:
                 logger.info("  DICOM SEG  %s", meta["segmentation"])

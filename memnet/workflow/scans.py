@@ -35,7 +35,7 @@ _AGENT_BEHIND_T1 = re.compile(r"CE|KM|POST")
 _NONE_OF_IT, _POST_SOMETHING_ELSE = {"PRE", "NON", "NO", "WITHOUT"}, {"OP", "SURGERY", "TREATMENT", "RT"}
 _SEPARATORS = re.compile(r"[-_.+ ()]+")
 # files that lie beside the scans but are not scans
-_NOT_A_SCAN = re.compile(r"[-_.](label|seg|segm|mask|tissue|tumor)$", re.IGNORECASE)
+_NOT_A_SCAN = re.compile(r"[-_.](labels?|segm?|segmentation|classified|mask|tissue|tumor)$", re.IGNORECASE)
 _DEPTH = 3  # folders down
 
 Files = str | Path | Sequence[str | Path] | None

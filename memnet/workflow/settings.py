@@ -62,10 +62,11 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
     config = workflow.parser.get()
     if workflow.run_id not in config:
         to_run = ", ".join(key for key in ("training", "evaluating", "run") if key in config)
-        raise ValueError(
-            f"{workflow.run_id!r} is nothing that this config runs ({to_run}); of several files give their folder or a list, "
-            "\"['a.nii.gz', 'b.nii.gz']\", rather than a pattern that the shell resolves"
-        )
+        told = f"{workflow.run_id!r} is nothing that this config runs ({to_run})"
+        if Path(str(workflow.run_id)).suffix:  # the second file of a pattern
+            told += "; of several files give their folder or a list, \"['a.nii.gz', 'b.nii.gz']\", rather than a pattern that "
+            told += "the shell resolves"
+        raise ValueError(told)
     referred = set(re.findall(r"@(\w+)", json.dumps(config, default=str)))
     in_use = {key for content in shipped if content.keys() <= config.keys() for key in content} | referred
     known = in_use | _OF_MONAI | {workflow.run_id, workflow.init_id, workflow.final_id}
@@ -152,7 +153,10 @@ def check_output_folder(folder: str | Path) -> None:
     Raises:
         ValueError: naming what is in the way.
     """
-    nearest = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    try:
+        nearest = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    except OSError as error:  # a name too long
+        raise ValueError(f"{folder}: {error.strerror}; outputs go where --output_dir says") from error
     if not nearest.is_dir():
         raise ValueError(f"{nearest}: is no folder; outputs go where --output_dir says")
     if not os.access(nearest, os.W_OK | os.X_OK):
