@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memnet import __version__
-from memnet.accounting import planner
+from memnet.accounting import plan_command
 from memnet.benchmarks import (
     comparison,
     depth,
@@ -30,7 +30,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     scoring.add_parser,
     tumor_scoring.add_parser,
     reconstruction_scoring.add_parser,
-    planner.add_parser,
+    plan_command.add_parser,
     packing.add_parser,
     training_memory.add_parser,
     layouts.add_parser,

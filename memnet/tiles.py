@@ -56,8 +56,8 @@ def run_in_tiles(module: nn.Module, x: torch.Tensor, halo: int, size: Sequence[i
 
     Raises:
         ValueError: ``halo`` or ``size`` is negative, there are more sizes than dimensions, a convolution pads one side with the
-            other (``padding_mode="circular"``), or the module has a norm over the image or the batch, a stride or another
-            change of resolution.
+            other (``padding_mode="circular"``), or the module has a norm or softmax over the image or the batch, a stride or
+            another change of resolution.
     """
     call = TiledCall(module, x.shape, size, halo)
     if len(call) == 1 or is_traced():
@@ -82,6 +82,10 @@ def _require_local(part: nn.Module) -> None:
         raise ValueError(f"{name} sees the whole image, a tile would be normalised by what is in it alone")
     if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
         raise ValueError(f"{name} in training sees the whole image, a tile would be normalised by what is in it alone")
+    if isinstance(part, nn.LayerNorm | nn.LocalResponseNorm) or (
+        isinstance(part, nn.Softmax | nn.LogSoftmax | nn.Softmin) and part.dim != 1
+    ):
+        raise ValueError(f"{name} sees more of the image than a tile has")
     strides = getattr(part, "stride", 1)
     if isinstance(
         part, nn.Upsample | nn.PixelShuffle | nn.PixelUnshuffle | _AdaptiveAvgPoolNd | _AdaptiveMaxPoolNd

@@ -1,11 +1,9 @@
-"""Says beforehand what a training takes and what fits: ``python -m memnet plan``."""
+"""Says beforehand what the training step of a config takes."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -15,19 +13,24 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 from memnet.accounting.dry_run import Device, dry_run
-from memnet.budget import parse_bytes
 from memnet.chain import Chain, Memory
 from memnet.diffusion.superresolution import TensorLoss
 from memnet.nets.packed import PackedMoDL
+from memnet.overrides import write_override
 from memnet.spelling import did_you_mean
 
-__all__ = ["Plan", "TrainingStep", "fill_budget", "largest_patch", "parse_bytes", "read_override"]
+__all__ = ["PRECISIONS", "Plan", "TrainingStep"]
 
-_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 # losses whose target looks like the prediction; others take a label map of one channel
+_OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)  # take the number of the class at each place, without channels
 _OF_ONE_SHAPE = (nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss)
+
+
+_BATCHES = ("batch_size", "patches_per_volume")  # ids whose product is the number of patches of a step
 
 
 class Plan(NamedTuple):
@@ -69,7 +72,7 @@ class TrainingStep:
             take is.
 
     Raises:
-        ValueError: a file is missing, or the config has no such network or setting.
+        ValueError: a file is missing, the config has no such network or setting, or the network cannot be built without data.
     """
 
     def __init__(
@@ -101,15 +104,20 @@ class TrainingStep:
             raise ValueError(
                 f"{', '.join(map(str, files)) or 'the config'}: has no {network_id}; name the network's id (--network_id)"
             )
-        network = self._build_without_data(None)
+        try:
+            network = self._build_without_data(None)
+        except Exception as error:  # of any network, or MONAI's around it
+            raise ValueError(f"{network_id} cannot be built without data ({_root(error)})") from error
         self._packed = isinstance(network, PackedMoDL)
         self.strategies: list[str | None] = [None]
         if self._packed or any(isinstance(module, Chain) for module in network.modules()):
             self.strategies = [memory for memory in get_args(Memory) if self._supports(memory)]
         self.state = 4 * 4 * sum(p.numel() for p in network.parameters())
         n_coils = self._number(parser, "n_coils", 8)  # of k-space, as many maps, and the mask
-        self.in_channels = 2 * n_coils + 1 if self._packed else self._number(parser, f"{network_id}#in_channels", 1)
-        self.batch = self._number(parser, "batch_size", 1) * self._number(parser, "patches_per_volume", 1)
+        first = next((m.in_channels for m in network.modules() if isinstance(m, _ConvNd)), 1)
+        self.in_channels = 2 * n_coils + 1 if self._packed else self._number(parser, f"{network_id}#in_channels", first)
+        self._batches = {key: self._number(parser, key, 1) for key in _BATCHES if key in parser}
+        self.batch = prod(self._batches.values())
         n_dims = self._number(parser, f"{network_id}#spatial_dims", 3)
         patch = parser.get_parsed_content("patch_size") if "patch_size" in parser else () if self._packed else 64
         self.patch: tuple[int, ...] = (patch,) * n_dims if isinstance(patch, int) else tuple(patch)
@@ -135,9 +143,9 @@ class TrainingStep:
             ValueError: ``precision`` is unknown, or neither ``patch`` nor the config says how large a slab of k-space is.
             RuntimeError: the network cannot be simulated.
         """
-        if precision not in _PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}")
-        patch, batch, dtype = tuple(patch) or self.patch, batch or self.batch, _PRECISIONS[precision]
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        patch, batch, dtype = tuple(patch) or self.patch, batch or self.batch, PRECISIONS[precision]
         if not patch:
             raise ValueError("a slab's sizes depend on the raw data: say them (--shape 16 320 256)")
         key = memory, precision, patch, batch, memory_budget
@@ -152,6 +160,8 @@ class TrainingStep:
             loss = parser.get_parsed_content(self._loss_id) if self._loss_id in parser else None
             image = torch.rand(batch, self.in_channels, *patch, dtype=torch.complex64 if self._packed else None)
             label = torch.zeros(batch, 1, *patch)
+            if isinstance(loss, _OF_CLASSES):
+                label = torch.zeros(batch, *patch, dtype=torch.long)
             if isinstance(loss, TensorLoss):
                 with torch.no_grad():
                     label = functional.pad(network(image), [0, 0] * len(patch) + [0, 1])  # and the regions
@@ -159,9 +169,16 @@ class TrainingStep:
             def run() -> None:
                 with torch.autocast("cpu", dtype, enabled=dtype is not None):
                     prediction = network(image)
+                others: Sequence[torch.Tensor] = ()
+                if isinstance(prediction, tuple) and loss is not None:  # as SegResNetVAE's, with a loss of its own
+                    prediction, *others = prediction
                 if loss is None:
                     parts = prediction if isinstance(prediction, list | tuple) else [prediction]
                     sum(part.float().sum() for part in parts).backward()
+                elif others:
+                    (
+                        loss(prediction, label) + sum(part.float().sum() for part in others if part is not None)
+                    ).backward()
                 elif isinstance(loss, _OF_ONE_SHAPE):
                     loss(prediction, torch.zeros_like(prediction)).backward()
                 else:
@@ -169,27 +186,41 @@ class TrainingStep:
 
             return run, list(network.parameters())
 
-        found = dry_run(make, self.device)
+        try:
+            found = dry_run(make, self.device)
+        except Exception as error:  # of any network or loss
+            size = " x ".join(map(str, patch))
+            raise RuntimeError(f"a step with patches of {size} cannot be simulated ({_root(error)})") from error
         self._plans[key] = Plan(memory, precision, patch, batch, found.peak, self.state, found.flops)
         return self._plans[key]
 
     def overrides(self, plan: Plan) -> str:
-        """Return the overrides that make the config's training this step, to paste."""
+        """Return the overrides that make the config's training this step, to paste, those given to this object included."""
+        settings: dict[str, Any] = {}
+        words = []
         known = self._content.get("patch_size")
         if self._packed:
-            patch = f"--{'n_frames' if 'n_frames' in self._content else 'slab_size'} {plan.patch[0]}"
+            settings["n_frames" if "n_frames" in self._content else "slab_size"] = plan.patch[0]
         elif known is None:
-            patch = f"a patch of {' x '.join(map(str, plan.patch))}, with"
-        elif isinstance(known, int):
-            patch = f"--patch_size {plan.patch[0]}"
+            words.append(f"a patch of {' x '.join(map(str, plan.patch))}")
         else:
-            patch = f'--patch_size "{list(plan.patch)}"'
-        memory_id = f"{self._network_id}#memory"
-        reference = self._content.get(self._network_id, {}).get("memory")
-        if isinstance(reference, str) and reference.startswith("@"):
-            memory_id = reference[1:]
-        memory = "" if plan.memory is None else f" --{memory_id} {plan.memory}"
-        return f"{patch}{memory} --amp {json.dumps(plan.precision == 'bfloat16')}"
+            is_cube = isinstance(known, int) and len(set(plan.patch)) == 1
+            settings["patch_size"] = plan.patch[0] if is_cube else list(plan.patch)
+        if plan.batch != self.batch:
+            settings |= dict.fromkeys(self._batches, 1) | ({[*self._batches][-1]: plan.batch} if self._batches else {})
+            words += [] if self._batches else [f"{plan.batch} patches a step"]
+        if plan.memory is not None:
+            definition = self._content.get(self._network_id)
+            reference = definition.get("memory") if isinstance(definition, Mapping) else None
+            is_reference = isinstance(reference, str) and reference.startswith("@")
+            settings[str(reference)[1:] if is_reference else f"{self._network_id}#memory"] = plan.memory
+        if "amp" in self._content:
+            settings["amp"] = plan.precision == "bfloat16"
+        else:
+            words.append(plan.precision)
+        settings = {**self._overrides, **settings}
+        pasted = " ".join(write_override(key, value) for key, value in settings.items())
+        return f"{' in '.join(words)}{', with ' * bool(words and pasted)}{pasted}"
 
     def _build_without_data(self, memory: str | None) -> nn.Module:
         with torch.device("meta"):
@@ -217,210 +248,8 @@ class TrainingStep:
         return int(parser.get_parsed_content(key)) if key in parser else default
 
 
-def largest_patch(
-    step: TrainingStep,
-    budget: int,
-    memory: str | None,
-    precision: str,
-    batch: int = 0,
-    multiple: int = 8,
-    shape: Sequence[int] = (),
-) -> Plan | None:
-    """Find the largest cube (square, interval) that fits, or the thickest slab.
-
-    Args:
-        step: the training step.
-        budget: bytes for activations, parameters, gradients and Adam's averages.
-        memory: see :meth:`TrainingStep.plan`.
-        precision: likewise.
-        batch: likewise.
-        multiple: sides that are tried are multiples of it.
-        shape: sizes of the patch, 0 for the sides to be found; all where empty.
-
-    Returns:
-        The plan of that patch, or None if not even a side of twice ``multiple`` fits.
-    """
-    shape = shape or (0,) * len(step.patch)
-    n_free, fixed = list(shape).count(0), prod(n or 1 for n in shape)
-
-    def plan_side(side: int) -> Plan:
-        return step.plan(memory, precision, [n or side for n in shape], batch)
-
-    side, least = 8 * multiple, multiple  # the largest that fits so far, or is too small for the network
-    most: int | None = None  # the smallest that does not
-    best: Plan | None = None
-    last: Plan | None = None
-    plan = plan_side(side)
-    if plan.total > budget:
-        # Small patches may take a kernel that needs more than the one for larger ones: come from above.
-        side *= 2
-        plan = plan_side(side)
-    while True:
-        if plan.total <= budget:
-            best, least = plan, side
-        else:
-            most = side
-        if most is not None and most - least <= multiple:
-            return best
-        voxels, slope = prod(plan.patch), plan.peak / prod(plan.patch)
-        if last is not None and last.patch != plan.patch:
-            slope = (plan.total - last.total) / (voxels - prod(last.patch))
-        fitting = voxels + (budget - plan.total) / slope if slope > 0 else 8 * voxels
-        last, side = plan, int((max(fitting, 0) / fixed) ** (1 / n_free) + 1e-6) // multiple * multiple
-        side = max(side, least + multiple) if most is None else min(max(side, least + multiple), most - multiple)
-        while True:
-            try:
-                plan = plan_side(side)
-                break
-            except (ValueError, RuntimeError):  # the network's own: it cannot halve so small a patch so often
-                if most is None:
-                    raise
-                least = side
-                side = (least + most) // 2 // multiple * multiple
-                if most - least <= multiple:
-                    return best
-
-
-def fill_budget(
-    step: TrainingStep, budget: int, precision: str, patch: Sequence[int] = (), batch: int = 0
-) -> tuple[Plan, int] | None:
-    """Find the ``memory_budget`` with which ``memory="auto"`` stores what fits, the loss and Adam's averages considered.
-
-    Args:
-        step: the training step.
-        budget: bytes in all.
-        precision: see :meth:`TrainingStep.plan`.
-        patch: likewise.
-        batch: likewise.
-
-    Returns:
-        The plan and the ``memory_budget``, or None where the network does not know ``auto`` or nothing fits.
-    """
-    share = budget - step.state
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a share below the least
-        for _ in range(3):
-            if share <= 0:
-                break
-            try:
-                plan = step.plan("auto", precision, patch, batch, share)
-            except RuntimeError:  # MONAI's, around the network's own
-                break
-            if plan.total <= budget:
-                return plan, share
-            share -= plan.total - budget  # what the loss keeps
-    return None
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command ``plan`` to the subparsers of the command line."""
-    parser = commands.add_parser(
-        "plan",
-        help="what a training would take, and the largest patch that fits, without running it",
-        description="Simulates a training step of a config on tensors without data, for each memory strategy and precision.",
-    )
-    parser.add_argument("--config_file", nargs="+", required=True, help="a bundle's train.json, or any MONAI config")
-    parser.add_argument("--budget", help="memory of the card, such as 12GiB: finds the largest patch that fits")
-    parser.add_argument(
-        "--patch", type=int, nargs="+", default=[], help="sides of cubic patches; the config's by default"
-    )
-    parser.add_argument(
-        "--shape", type=int, nargs="+", default=[], help="sizes of one patch or slab; with --budget 0 for what to find"
-    )
-    parser.add_argument("--batch", type=int, default=0, help="patches a step; the config's by default")
-    parser.add_argument("--memory", nargs="+", choices=get_args(Memory), help="strategies; all by default")
-    parser.add_argument("--precision", nargs="+", choices=list(_PRECISIONS), default=list(_PRECISIONS))
-    parser.add_argument(
-        "--device",
-        choices=get_args(Device),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to train; the GPU where there is one, by default",
-    )
-    parser.add_argument("--network_id", default="network_def", help="the config's id of the network")
-    parser.add_argument("--loss_id", default="loss", help="the config's id of the loss")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="ID=VALUE", help="overrides: network_name=partially vae=false"
-    )
-    parser.set_defaults(function=_run)
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    a = arguments
-    for option, sizes, least in (("patch", a.patch, 1), ("shape", a.shape, 0), ("batch", [a.batch], 0)):
-        if min(sizes, default=least) < least:
-            raise ValueError(f"--{option} is {' '.join(map(str, sizes))}, expected at least {least}")
-    budget = parse_bytes(a.budget) if a.budget else None
-    step = TrainingStep(a.config_file, dict(read_override(text) for text in a.set), a.network_id, a.loss_id, a.device)
-    strategies = step.strategies if step.strategies == [None] else a.memory or step.strategies
-    if a.memory and step.strategies == [None]:
-        raise ValueError("the network knows no memory strategy; leave --memory out")
-    if a.shape and len(a.shape) != len(step.patch):
-        raise ValueError(f"--shape has {len(a.shape)} sizes, the network's patches have {len(step.patch)}")
-    patches = [(side,) * len(step.patch) for side in a.patch] or [step.patch]
-    if a.shape:
-        patches = [] if 0 in a.shape else [tuple(a.shape)]
-        if not patches and budget is None:
-            raise ValueError("a size of 0 in --shape is to be found, which takes a --budget")
-    free = a.shape if 0 in a.shape else ()
-    stored: dict[Any, float] = {}
-    print("| `memory` | precision | patch | patches a step | activations, MiB | in all, MiB | operations |")
-    print("|---|---|---|---|---|---|---|")
-    best: Plan | None = None
-    lines: list[str] = []
-    for precision in a.precision:
-        for memory in strategies:
-            plans = [step.plan(memory, precision, patch, a.batch) for patch in patches]
-            if budget is not None:
-                largest = largest_patch(step, budget, memory, precision, a.batch, 4 if free else 8, free)
-                plans += [largest] if largest else []
-                if largest and (best is None or prod(largest.patch) > prod(best.patch)):
-                    best = largest
-            for plan in plans:
-                print(_row(plan, stored, budget), flush=True)
-        filled = None
-        if budget and patches and "store" in strategies:
-            filled = fill_budget(step, budget, precision, patches[0], a.batch)
-        if filled:
-            print(_row(filled[0], stored, budget), flush=True)
-            lines.append(f"{step.overrides(filled[0])} --{a.network_id}#memory_budget {filled[1]}")
-    print()
-    print("In all: with parameters, gradients and Adam's averages. Operations: to those of `store` at the same patch.")
-    if step.device == "cuda":
-        print("The workspaces of a GPU's libraries and its context come on top.")
-    else:
-        print("With what a CPU's convolutions take while they run, which a GPU's do not (--device cuda).")
-    if budget is not None:
-        print()
-        print(f"Fits in {a.budget}: {step.overrides(best)}" if best else f"Nothing fits in {a.budget}.")
-        for line in lines:
-            print(f"Recomputes no more than {a.budget} demands: {line}")
-
-
-def _row(plan: Plan, stored: dict[Any, float], budget: int | None) -> str:
-    key = plan.precision, plan.patch, plan.batch
-    per_voxel = plan.flops / prod(plan.patch)
-    if plan.memory == "store":
-        stored[plan.precision] = stored.setdefault(key, per_voxel)
-    reference = stored.get(key, stored.get(plan.precision))
-    operations = "-" if not reference else f"{per_voxel / reference:.2f}"
-    size = " x ".join(map(str, plan.patch))
-    fits = "" if budget is None else " (fits)" if plan.total <= budget else " (too much)"
-    return (
-        f"| {plan.memory or '-'} | {plan.precision} | {size} | {plan.batch} | {plan.peak / 2**20:.0f} "
-        f"| {plan.total / 2**20:.0f}{fits} | {operations} |"
-    )
-
-
-def read_override(text: str) -> tuple[str, Any]:
-    """Take ``ID=VALUE`` apart; the value is JSON, or else the word that it is.
-
-    Raises:
-        ValueError: it has no ``=``.
-    """
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"{text!r} is no override; write ID=VALUE")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
+def _root(error: BaseException) -> str:
+    """Return the last line of what lies below an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -62,8 +62,11 @@ def measure_in_turn(
         networks: what to measure, by name.
         rounds: each times one step of every network in turn; 0 measures memory alone.
         device: ``cpu`` or ``cuda``.
-        warm_up: begin with a step of each, in which libraries choose and load their kernels, and operations are counted.
+        warm_up: begin with a step of each, in which libraries choose and load their kernels, and operations are counted. On a
+            GPU the first takes one in any case: a workspace that its libraries keep would be counted as that one's.
     """
+    if device == "cuda" and not warm_up and networks:
+        step(next(iter(networks.values())))
     peaks, flops = {}, {}
     for name, network in networks.items():
         flops[name] = count_flops(partial(step, network)) if warm_up else 0

@@ -205,7 +205,7 @@ def _largest_table(budgets: Sequence[str], parts: Sequence[str]) -> str:
             plans = [step.plan(memory, patch=[side] * 3, batch=1) for side in (64, 96)]
             cubes = {plan.patch[0]: Foretold(plan.peak, plan.flops, plan.state) for plan in plans}
             sides = [largest(cubes, limit, lambda n: n**3) // 16 * 16 for limit in limits]
-            rows.append(["cube of Fully-InvRes-32", memory, *(f"{side}^3" for side in sides)])
+            rows.append(["cube of Fully-InvRes-32", memory, *(f"{side}^3" if side else "-" for side in sides)])
     cases: list[tuple[str, str, dict[str, int], str, tuple[int, int], Law]] = []
     if "depth" in parts:
         name = f"couplings of {2 * DEEP_CHAIN['width']} channels, {DEEP_CHAIN['side']}^3"

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from memnet.accounting.planner import Plan, TrainingStep, largest_patch
+from memnet.accounting.fitting import largest_patch
+from memnet.accounting.planner import Plan, TrainingStep
 from memnet.workflow.inferers import supports_bfloat16
 
 __all__ = ["is_out_of_memory", "what_fits"]

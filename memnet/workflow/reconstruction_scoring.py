@@ -13,10 +13,10 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.metrics import PSNRMetric
 
-from memnet.accounting.planner import read_override
 from memnet.benchmarks.tables import markdown_table, shown
 from memnet.datasets.kspace import RAW_SUFFIXES
 from memnet.nets.packed import unpack
+from memnet.overrides import read_override
 from memnet.transforms.kspace_outputs import CompareMagnitudesd
 from memnet.workflow.checkpoints import load_weights
 from memnet.workflow.image_quality import NRMSEMetric, SliceSSIMMetric

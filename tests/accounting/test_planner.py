@@ -13,8 +13,10 @@ from monai.bundle import ConfigParser
 
 import memnet
 from memnet.accounting.dry_run import dry_run
+from memnet.accounting.fitting import fill_budget, largest_patch
 from memnet.accounting.live_memory import peak_live_bytes
-from memnet.accounting.planner import Plan, TrainingStep, fill_budget, largest_patch, parse_bytes
+from memnet.accounting.planner import Plan, TrainingStep
+from memnet.budget import parse_bytes
 from memnet.cli import main
 from memnet.diffusion.superresolution import TensorLoss
 from memnet.nets.packed import PackedMoDL, pack
@@ -147,7 +149,20 @@ def test_overrides_are_those_of_the_bundle():
     assert knee.overrides(plan) == "--slab_size 4 --memory checkpoint --amp false"
     superres = TrainingStep(BUNDLES / "brain_dti_superres_iqt" / "configs" / "train.json")
     assert superres.patch == (11, 11, 11) and superres.batch == 12
-    assert superres.overrides(plan._replace(patch=(9, 9, 9))) == "--patch_size 9 --memory checkpoint --amp false"
+    plan = plan._replace(patch=(9, 9, 9), batch=12)
+    assert superres.overrides(plan) == "--patch_size 9 --memory checkpoint --amp false"
+    assert superres.overrides(plan._replace(patch=(9, 9, 7))).startswith('--patch_size "[9, 9, 7]" --memory')
+
+
+def test_overrides_are_those_of_the_step_that_was_planned(config):
+    """The batch and the values of ``--set`` were lost, and what was pasted took four times as much."""
+    file = BUNDLES / "brain_mri_tissue_invres" / "configs" / "train.json"
+    given = {"vae": False, "network_def#channels": 16, "memory": "store"}
+    step = TrainingStep(file, given)
+    plan = Plan("invert", "float32", (64, 64, 64), step.batch, 0, 0, 0)
+    pasted = step.overrides(plan)
+    assert pasted == '--vae false --network_def#channels 16 --memory invert --patch_size "[64, 64, 64]" --amp false'
+    assert "--batch_size 1 --patches_per_volume 3 --amp" in step.overrides(plan._replace(batch=3))
 
 
 def test_the_thickest_slab(config):
@@ -261,9 +276,8 @@ def test_command_says_what_it_leaves_out(config, capsys):
 def test_command_prints_the_overrides_of_the_largest_patch(config, capsys):
     words = ["--budget", "60MiB", "--batch", "1", "--precision", "float32", "--memory", "invert"]
     assert main(["plan", "--config_file", str(config), *words]) == 0
-    found = re.search(
-        r'--patch_size "\[(\d+), \1, \1\]" --network_def#memory invert --amp false', capsys.readouterr().out
-    )
+    pasted = r'float32, with --patch_size "\[(\d+), \1, \1\]" --batch_size 1 --patches_per_volume 1 --network_def#memory invert'
+    found = re.search(pasted, capsys.readouterr().out)
     side, step = int(found.group(1)), TrainingStep(config)
     smaller, larger = (step.plan("invert", patch=[n] * 3, batch=1).total for n in (side, side + 8))
     assert smaller <= 60 * 2**20 < larger
@@ -300,9 +314,81 @@ def test_a_budget_below_the_least_that_a_network_can_run(tmp_path, capsys):
     file.write_text(json.dumps({"network_def": {**PEER, "spatial_dims": 2}}))
     step = TrainingStep(file)
     assert largest_patch(step, 10**5, None, "float32") is None
-    assert main(["plan", "--config_file", str(file), "--budget", "100KiB", "--precision", "float32"]) == 0
-    assert "Nothing fits in 100KiB." in capsys.readouterr().out
+    assert main(["plan", "--config_file", str(file), "--budget", "100KiB", "--precision", "float32"]) == 1
+    assert "nothing fits in 100KiB" in capsys.readouterr().err
     assert main(["plan", "--config_file", str(file), "--budget", "64MiB", "--precision", "float32"]) == 0
-    assert re.search(r"Fits in 64MiB: a patch of (\d+) x \1, with --amp false", capsys.readouterr().out)
+    assert re.search(r"Fits in 64MiB: a patch of (\d+) x \1 in float32\n", capsys.readouterr().out)
     assert main(["plan", "--config_file", str(file), "--memory", "invert"]) == 1
     assert "knows no memory strategy" in capsys.readouterr().err
+
+
+STRIDED = {
+    "_target_": "UNet",
+    "spatial_dims": 2,
+    "in_channels": 1,
+    "out_channels": 3,
+    "channels": [4] * 5,
+    "strides": [2] * 4,
+}
+
+
+def test_a_network_that_takes_multiples_of_16_alone(tmp_path, capsys):
+    """Others were taken for too small, or ended in a traceback, and the answer was less than what the table showed to fit."""
+    file = tmp_path / "strided.json"
+    file.write_text(json.dumps({"network_def": STRIDED, "patch_size": [96, 96]}))
+    step = TrainingStep(file)
+    for budget in (137 * 10**5, 200 * 10**5):
+        found = largest_patch(step, budget, None, "float32")
+        side = found.patch[0]
+        assert side % 16 == 0 and side > 96 and found.total <= budget
+        assert step.plan(None, "float32", [side + 16] * 2).total > budget
+    just = str(step.plan(None, "float32").total + 1)
+    assert main(["plan", "--config_file", str(file), "--budget", just, "--precision", "float32"]) == 0
+    assert f'Fits in {just}: float32, with --patch_size "[96, 96]"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", ["torch.nn.CrossEntropyLoss", "monai.losses.DiceCELoss"])
+def test_losses_of_class_numbers_and_networks_with_a_loss_of_their_own(loss):
+    definition = {
+        "_target_": "SegResNetVAE",
+        "input_image_size": [32, 32],
+        "spatial_dims": 2,
+        "in_channels": 1,
+        "out_channels": 3,
+    }
+    arguments = {} if loss.startswith("torch") else {"to_onehot_y": True, "softmax": True}
+    content = {"loss": {"_target_": loss, **arguments}, "patch_size": [32, 32]}
+    plain, vae = (TrainingStep({"network_def": d, **content}).plan(None) for d in (STRIDED, definition))
+    assert plain.peak > 0 and vae.peak > 0
+
+
+def test_channels_are_the_first_convolution_s_where_the_config_does_not_say():
+    step = TrainingStep(
+        {"network_def": "$monai.networks.nets.BasicUNet(2, 5, 3)", "patch_size": [32, 32], "imports": ["$import monai"]}
+    )
+    assert step.in_channels == 5 and step.overrides(step.plan(None)) == 'float32, with --patch_size "[32, 32]"'
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "said"),
+    [
+        ({"network_def": STRIDED}, ["--shape", "30", "30"], "patches of 30 x 30 cannot be simulated"),
+        (
+            {"network_def": STRIDED, "loss": {"_target_": "torch.nn.NoSuchLoss"}},
+            ["--shape", "32", "32"],
+            "cannot be simulated",
+        ),
+        (
+            {"network_def": {"_target_": "SwinUNETR", "in_channels": 1, "out_channels": 2}},
+            [],
+            "cannot be built without data",
+        ),
+        ({"network_def": STRIDED}, ["--set", "network_def#channels=many"], "cannot be built without data"),
+    ],
+)
+def test_what_cannot_be_simulated_is_told_in_a_line(content, words, said, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(content))
+    assert main(["plan", "--config_file", str(file), "--precision", "float32", *words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line

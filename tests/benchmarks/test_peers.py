@@ -252,3 +252,20 @@ def test_implementations_are_chosen(tmp_path, capsys):
     assert main(words) == 0
     assert {r["name"] for r in json.loads((tmp_path / "chains.json").read_text())["records"]} == {"plain", "tiles"}
     assert "| memnet `invert`, in tiles | " in capsys.readouterr().out
+
+
+def test_what_is_not_there_alone_is_a_row_that_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(U_NETS, "iunet", U_NETS["iunet"]._replace(missing="pip install iunets==0.1"))
+    assert "pip install iunets==0.1" in unet_table([], ["iunet"])
+    words = ["bench", "--quick", "--only", "chains", "--implementations", "memcnn", "--output_dir", str(tmp_path)]
+    assert main(words) == 0
+    assert "pip install" in capsys.readouterr().out and not (tmp_path / "chains.png").exists()
+
+
+def test_of_a_patch_foretold_and_measured_the_measured_counts():
+    cost = Cost(2**20, (1.0,), 1)
+    measured = NetworkCost("fully", 64, 1, cost, measured=True)
+    table = unet_table(
+        [measured, replace(measured, cost=replace(cost, peak=2**22, seconds=()), measured=False)], ["fully"]
+    )
+    assert "foretold" not in table and "| 1.00 |" in table

@@ -83,6 +83,9 @@ def measure_chains(
 
 def chain_table(costs: Sequence[ChainCost], names: Sequence[str] = NAMES) -> str:
     """Return a markdown table with a row for each implementation, those that are missing included."""
+    if not costs:
+        rows = [[IMPLEMENTATIONS[name].title, IMPLEMENTATIONS[name].missing or "-"] for name in names]
+        return markdown_table(["implementation", "why not"], rows)
     depths = sorted({cost.depth for cost in costs})
     timed = next(cost.depth for cost in costs if cost.cost.flops)
     by_case = {(cost.name, cost.depth): cost for cost in costs}

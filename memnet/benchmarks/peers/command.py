@@ -35,9 +35,11 @@ def _chains(a: argparse.Namespace, folder: Path) -> Part:
     costs = measure_chains(
         depths, 4 if a.quick else a.timed_depth, channels, size, rounds, names, a.device, a.batch_size
     )
-    draw_chains(costs, folder / "chains.png")
+    picture = "\n\n![Memory against depth and time](chains.png)" if costs else ""
+    if costs:
+        draw_chains(costs, folder / "chains.png")
     title = f"Chains of L couplings, {channels} channels, {size}^3, batch size {a.batch_size}"
-    return f"## {title}\n\n{chain_table(costs, names)}\n\n![Memory against depth and time](chains.png)", costs
+    return f"## {title}\n\n{chain_table(costs, names)}{picture}", costs
 
 
 def _gradients(a: argparse.Namespace, folder: Path) -> Part:

@@ -130,10 +130,14 @@ def _step(patch: int, device: str) -> Callable[[nn.Module], None]:
 
 def unet_table(costs: Sequence[NetworkCost], names: Sequence[str] | None = None) -> str:
     """Return a markdown table: memory at each patch size, time at the smallest, compared with the first network's."""
+    if not costs:
+        rows = [[U_NETS[name].title, U_NETS[name].missing or "-"] for name in names or U_NETS]
+        return markdown_table(["network", "why not"], rows)
     patches = sorted({cost.patch for cost in costs})
-    by_case = {(cost.name, cost.patch): cost for cost in costs}
+    # of a size both foretold and measured, what was measured
+    by_case = {(cost.name, cost.patch): cost for cost in sorted(costs, key=lambda cost: cost.measured)}
     first = by_case.get((costs[0].name, patches[0]))
-    foretold = {cost.patch for cost in costs if not cost.measured}
+    foretold = {cost.patch for cost in by_case.values() if not cost.measured}
     columns = ["network", "parameters, M"]
     columns += [f"{patch}^3{', foretold' if patch in foretold else ''}, MiB" for patch in patches]
     columns += [f"time at {patches[0]}^3, s", "time to the first"]
