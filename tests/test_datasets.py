@@ -93,6 +93,13 @@ def test_a_name_says_what_a_scan_is(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "b_FLAIR.nii: left out" in caplog.text
 
 
+def test_label_maps_beside_scans_are_none(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "a.nii", "a_labels.nii", "a_classified.nii", "a-segmentation.nii", "a_seg.nii", "b.nii", "b_mask.nii"
+    )
+    assert names(find_scans(dataset_dir=tmp_path)) == [["a.nii", None], ["b.nii", None]]
+
+
 def test_files_given_by_name(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii", "b.nii")
     a, b = str(tmp_path / "a.nii"), str(tmp_path / "b.nii")

@@ -179,6 +179,7 @@ def test_raw_data_become_an_image_in_their_place(raw_data: Path, weights: Path, 
     image, page = nib.load(tmp_path / "scan_recon.nii.gz"), Page(tmp_path / "inference.html")
     assert page.column("size") == ["8 x 24 x 22"] and page.column("voxel [mm]") == ["0.9 x 1.1 x 1.3"]
     assert page.column("input") == ["scan.h5"] and len(page.images) == 1
+    assert page.column("raw data") == ["as read"] and 75 < float(page.column("k-space [%]")[0]) < 80  # an ellipse
     assert image.shape == (8, 24, 22) and image.get_data_dtype() == np.float32
     np.testing.assert_allclose(image.affine, AFFINE, atol=1e-4)
     expected, found = phantom((8, 24, 22))[0], np.asarray(image.dataobj)
@@ -195,6 +196,10 @@ def test_inference_may_undersample_what_it_is_given(folder: Path, weights: Path,
         options |= {"output_dir": str(tmp_path / str(acceleration)), "slab_size": None}
         run(KNEE, "run", "inference.json", **options)
         images.append(np.asarray(nib.load(tmp_path / str(acceleration) / "t1_0_recon.nii.gz").dataobj))
+        page = Page(tmp_path / str(acceleration) / "inference.html")
+        assert set(page.column("raw data")) == {"simulated from magnitudes"}
+        shares = {float(share) for share in page.column("k-space [%]")}
+        assert shares == {100.0} if acceleration is None else max(shares) < 60
     assert not np.allclose(*images, rtol=1e-2)
 
 

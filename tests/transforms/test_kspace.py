@@ -345,3 +345,15 @@ def test_raw_data_of_the_other_kind_are_refused(tmp_path: Path) -> None:
 def test_an_empty_image_cannot_be_scanned() -> None:
     with pytest.raises(ValueError, match="nowhere above 0"):
         simulate_volume(torch.zeros(2, 3, 4))
+
+
+@pytest.mark.parametrize(("every", "seed", "told"), [(1, 0, False), (2, 0, True), (2, None, False)])
+def test_throwing_away_from_an_undersampled_scan_is_told(every, seed, told, caplog):
+    """In inference, which has a seed; what trains was refused before, unless it is fully sampled."""
+    mask = torch.zeros(1, 1, 24, 20, dtype=torch.bool)
+    mask[..., ::every, :] = True
+    kspace = MetaTensor(torch.randn(2, 3, 24, 20, dtype=torch.complex64), meta={"filename_or_obj": "a.h5"})
+    undersample = RandUndersampled(PoissonDiscMask([2.0], 6), seed)
+    for _ in range(2):
+        undersample({"kspace": kspace, "mask": mask})
+    assert caplog.text.count("a.h5: 50 % of k-space is sampled, and an acceleration takes more away") == told

@@ -42,6 +42,13 @@ def test_second_modality_is_moved_onto_the_first_ones_grid(write_nifti: Callable
     torch.testing.assert_close(image[1, 1:24:2], image[0, 1:24:2], atol=1e-2, rtol=1e-3)
 
 
+def test_the_files_that_were_joined_are_named(write_nifti: Callable[..., Path]) -> None:
+    paths = [write_nifti(f"{name}.nii", phantom()[0]) for name in ("t1", "t2")]
+    load = LoadModalitiesd("image")
+    joined, alone = (load({"image": entry})["image"].meta for entry in (paths, str(paths[0])))
+    assert Path(joined["filename_or_obj"]).name == "t1.nii" and joined["beside"] == "t2.nii" and alone["beside"] == ""
+
+
 def test_smaller_voxels_of_a_second_modality_are_averaged(write_nifti: Callable[..., Path]) -> None:
     """Of 0.5 mm in the plane, turned: three of four were left out, and the noise stayed as it was."""
     noise = 100 + np.random.default_rng(0).normal(0, 10, (8, 48, 48)).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ def test_what_has_no_real_numbers_is_refused(dtype: Any, told: str, tmp_path: Pa
     for read in (read_volume, lambda file: LoadKspaced("image")({"image": str(file)})):
         with pytest.raises(ValueError, match=f"a.nii.gz: .*holds {told}, expected real numbers"):
             read(path)
+
+
+@pytest.mark.parametrize("name", ["a.mgh", "a.mgz", "a.PAR", "a.REC", "a.gii", "a.mnc", "a.v", "a.trk"])
+@pytest.mark.parametrize("content", [b"words, no image", gzip.compress(b"nor this")])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of files that nibabel leaves open
+def test_what_only_has_the_name_of_an_image_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: not a NIfTI"):
+        read_volume(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.mgz", "a.nii.bz2"])

@@ -144,6 +144,11 @@ def test_pictures_show_planes_errors_and_the_course_in_time(tmp_path: Path) -> N
     assert rows[1][20:, width // 2 + 10 :].max() < 40 < rows[1][20:, : width // 2].max()
     assert all(row.std() > 20 for row in (rows[0], rows[2]))
     assert write_pictures(images, tmp_path / "knee") == [tmp_path / "knee.png"]
+    sizes = {}
+    for sides in ((1.0, 1.0), (1.0, 2.0)):
+        with Image.open(*write_pictures(images, tmp_path / "knee", sides=sides)) as picture:
+            sizes[sides] = picture.size
+    assert sizes[1.0, 2.0][0] == sizes[1.0, 1.0][0] and sizes[1.0, 2.0][1] > 1.8 * sizes[1.0, 1.0][1]
 
 
 def test_methods_that_are_not_installed_are_told_apart() -> None:

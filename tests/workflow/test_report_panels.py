@@ -60,3 +60,21 @@ def test_planes_have_one_scale_and_end_with_the_brain() -> None:
     assert np.ptp(widths) < 0.15 * widths.mean() and np.ptp(heights) < 0.15 * heights.mean()
     # half of the plane's side
     assert widths.mean() == pytest.approx(picture.shape[1] / 6, rel=0.15)
+
+
+@pytest.mark.parametrize("movie", [False, True])
+def test_a_reconstruction_has_the_shape_and_brightness_of_its_voxels(movie: bool) -> None:
+    """The entries know no grid; the image that they came of does, of a movie that of the two planes' axes."""
+    sides = [2.0, 1.0, 5.0] if movie else [5.0, 2.0, 1.0]
+    image = MetaTensor(torch.zeros(1, 3, 20, 20), torch.diag(torch.tensor([*sides, 1.0])))
+    image.meta["filename_or_obj"] = "a.h5"
+    label = torch.ones(1, 3, 20, 20)
+    case = {"image": image, "label": label, "pred": label / 2}
+    found = ComparisonPanel({"reconstructed": "pred", "reference": "label"}, axis=1, movie=movie)(case).picture
+    assert found is not None
+    picture = np.asarray(Image.open(BytesIO(found)).convert("RGB")).astype(int)[40:]
+    halves = np.array_split(picture, 2, axis=1)
+    for half, brightness in zip(halves, (127, 255), strict=True):
+        shown = abs(half[..., 0] - brightness) < 3
+        width, height = (np.ptp(np.flatnonzero(shown.any(axis))) for axis in (0, 1))
+        assert width / height == pytest.approx(2, rel=0.1)

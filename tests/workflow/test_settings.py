@@ -140,6 +140,8 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
         with pytest.raises(ValueError, match="file: is no folder; outputs go where --output_dir says"):
             check_output_folder(folder)
+    with pytest.raises(ValueError, match="File name too long; outputs go where"):
+        check_output_folder(tmp_path / ("n" * 480))
     check_output_folder(tmp_path / "new" / "deeper")
     assert not (tmp_path / "new").exists()
 
