@@ -146,6 +146,13 @@ def test_nothing_given_is_refused_when_it_is_to_run() -> None:
         require_cases(find_training_cases()["training"], "labelled cases")
 
 
+def test_an_argument_without_a_value_is_refused() -> None:
+    """As ``--t1 $SCAN`` is where the variable is empty."""
+    for arguments in ({"t1": True}, {"image": True}):
+        with pytest.raises(ValueError, match="is a variable empty"):
+            find_scans(**arguments)
+
+
 def test_ten_subjects_split_as_in_the_paper() -> None:
     cases = [{"image": k} for k in range(10)]
     training, validation = split_folds(cases)

@@ -149,7 +149,13 @@ def require_files(folder: Path, stems: Sequence[str]) -> list[str]:
 
 
 def as_list(value: str | Path | Sequence[Any] | None) -> list[Any]:
-    """Return the files of an argument that names none, one or several."""
+    """Return the files of an argument that names none, one or several.
+
+    Raises:
+        ValueError: it is ``True``, which a command line makes of an argument without a value.
+    """
+    if isinstance(value, bool):
+        raise ValueError("an argument that names files or a folder has no value; is a variable empty?")
     if value is None or value == "":
         return []
     return [value] if isinstance(value, (str, Path)) else list(value)
