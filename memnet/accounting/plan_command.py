@@ -100,11 +100,6 @@ def _print_plans(a: argparse.Namespace, budget: int | None) -> None:
     print("In all: with parameters, gradients and Adam's averages. Operations: to those of `store` at the same patch.")
     if step.device == "cuda":
         print("The workspaces of a GPU's libraries and its context come on top.")
-        if "bfloat16" in a.precision:
-            print(
-                "In bfloat16 with the types of a CPU's autocast: a GPU's gives group and layer norm, softmax, sums and "
-                "interpolation in float32, and takes more where a network keeps what these return."
-            )
     else:
         print("With what a CPU's convolutions take while they run, which a GPU's do not (--device cuda).")
     if budget is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
+from memnet.accounting.autocast_of_cuda import AutocastOfCuda
 from memnet.accounting.dry_run import Device, dry_run
 from memnet.chain import Chain, Memory
 from memnet.diffusion.superresolution import TensorLoss
@@ -152,6 +154,8 @@ class TrainingStep:
         if key in self._plans:
             return self._plans[key]
 
+        precisions = AutocastOfCuda() if self.device == "cuda" and dtype is not None else nullcontext()
+
         def make() -> tuple[Callable[[], object], Iterable[torch.Tensor]]:
             parser = self._parser(memory)
             if memory_budget is not None:
@@ -167,7 +171,7 @@ class TrainingStep:
                     label = functional.pad(network(image), [0, 0] * len(patch) + [0, 1])  # and the regions
 
             def run() -> None:
-                with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                with precisions, torch.autocast("cpu", dtype, enabled=dtype is not None):
                     prediction = network(image)
                 others: Sequence[torch.Tensor] = ()
                 if isinstance(prediction, tuple) and loss is not None:  # as SegResNetVAE's, with a loss of its own

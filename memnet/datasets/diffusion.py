@@ -157,7 +157,7 @@ def prepare(
     """Make the tensors of both resolutions of each series, once.
 
     The low resolution is the mean of blocks of voxels of the diffusion-weighted images, to which tensors are fitted as to
-    the images themselves. A subject that is there already, made from the same files by the same settings, is not made again.
+    the images themselves. What is there already, made from the same files by the same settings, is not made again.
 
     Args:
         series: see :func:`find_series`.
@@ -186,19 +186,20 @@ def prepare(
         made_from = _origin(one, shells, rate)
         record = folder / RECORD
         is_there = record.is_file() and json.loads(record.read_text(encoding="utf-8")) == made_from
-        if not is_there or not all(Path(file).is_file() for file in files.values()):
+        missing = [
+            at for at in resolutions if not (is_there and _are_files(files[f"tensor_{at}"], files[f"mask_{at}"]))
+        ]
+        if missing:
             fine = read_series(one["data"], one.get("mask")).select(shells)
             made = {"high": fine} if rate is None else {"high": fine.cropped(rate), "low": fine.coarse(rate)}
             if rate is not None and interpolated:
                 made["interpolated"] = replace(made["low"].fine(rate), mask=made["high"].mask)
-            record.unlink(missing_ok=True)
             if not is_there:
-                for file in (
-                    "tensor_interpolated.nii.gz",
-                    "mask_interpolated.nii.gz",
-                ):  # which may not be made this time
-                    (folder / file).unlink(missing_ok=True)
-            for key, at in made.items():
+                record.unlink(missing_ok=True)
+                for what in ("tensor", "mask"):  # which may not be made this time
+                    (folder / f"{what}_interpolated.nii.gz").unlink(missing_ok=True)
+            for key in missing:
+                at = made[key]
                 tensors = fit_tensors(at, progress)
                 count_negative(tensors, f"{one['data']} ({key} resolution)")
                 folder.mkdir(parents=True, exist_ok=True)
@@ -208,6 +209,10 @@ def prepare(
                 partial.write_text(json.dumps(made_from, indent=1), encoding="utf-8")
         cases.append({"subject": one["subject"], **files})
     return cases
+
+
+def _are_files(*files: str) -> bool:
+    return all(Path(file).is_file() for file in files)
 
 
 def split_subjects(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import pickle
 from collections.abc import Sequence
@@ -210,7 +211,10 @@ class TrainingCheckpoint:
         if self.evaluator is not None:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
-        logger.info("resumed %s after epoch %d", self.last, state["epoch"])
+        done = state["epoch"] >= (engine.state.max_epochs or math.inf)
+        logger.info(
+            "resumed %s after epoch %d%s", self.last, state["epoch"], ", its last: nothing is left to train" * done
+        )
 
     def _seed_epoch(self, engine: Engine) -> None:
         # processes of one training draw differently, epochs never share a seed

@@ -275,13 +275,15 @@ def test_subjects_are_prepared_once_and_again_where_something_changed(tmp_path, 
     assert prepare(series, tmp_path / "cache", progress=False) == cases and len(fits) == 4
     Path(cases[1]["tensor_low"]).unlink()  # as if interrupted
     prepare(series, tmp_path / "cache", progress=False)
-    assert len(fits) == 6
+    assert len(fits) == 5
     prepare(series, tmp_path / "cache", [1000], progress=False)
-    assert len(fits) == 10
+    assert len(fits) == 9
     bvals = Path(series[0]["data"]).with_name("bvals")
     bvals.write_text(bvals.read_text().replace("1000", "990"))
     prepare(series, tmp_path / "cache", [1000], progress=False)
-    assert len(fits) == 12
+    assert len(fits) == 11
+    prepare(series, tmp_path / "cache", [1000], progress=False, interpolated=True)
+    assert len(fits) == 13  # what is asked for besides, alone
 
 
 def test_a_series_more_in_the_folder_prepares_no_other_again(tmp_path, monkeypatch):
