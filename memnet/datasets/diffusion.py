@@ -298,11 +298,11 @@ def find_tensor_cases(
 
 
 def keep_split(cases: Split, file: str | Path, resume: bool = False) -> Split:
-    """Write down which series a training has, for :func:`tell_seen`, and see that it goes on with the same.
+    """Write down which subjects a training has, for :func:`tell_seen`, and see that it goes on with the same.
 
     Args:
         cases: see :func:`find_tensor_cases`.
-        file: JSON, beside the weights.
+        file: JSON, beside the weights: for each section the subjects' names, which may have moved when it goes on, and files.
         resume: whether a training goes on.
 
     Returns:
@@ -312,7 +312,7 @@ def keep_split(cases: Split, file: str | Path, resume: bool = False) -> Split:
         ValueError: the training that goes on had other subjects.
     """
     file = Path(file)
-    series = {section: [source_of(case["tensor_high"]) for case in cases[section]] for section in _SECTIONS}
+    series = {s: {case["subject"]: source_of(case["tensor_high"]) for case in cases[s]} for s in _SECTIONS}
     if not any(series.values()):
         return cases
     if resume and file.is_file():
@@ -344,7 +344,7 @@ def tell_seen(cases: Split, section: str, weights: str | Path) -> Split:
     file = Path(weights).parent / SPLIT_FILE
     if section == "test" and file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        seen = set(before["training"]) | set(before["validation"])
+        seen = {*before["training"].values(), *before["validation"].values()}
         found = [source for case in cases["test"] if (source := source_of(case["tensor_high"])) in seen]
         if found:
             logger.warning(

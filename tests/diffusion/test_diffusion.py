@@ -431,6 +431,9 @@ def test_a_training_goes_on_with_the_subjects_that_it_had(tmp_path, caplog):
     data, file = write_hcp(tmp_path / "hcp", 4, shape=(7, 6, 6)), tmp_path / "run" / SPLIT_FILE
     cases = find_tensor_cases(str(data), tmp_path / "cache", split_seed=1)
     assert keep_split(cases, file) == cases == keep_split(cases, file, resume=True)
+    moved = find_tensor_cases(str(shutil.copytree(data, tmp_path / "moved")), tmp_path / "moved_cache", split_seed=1)
+    assert keep_split(moved, file, resume=True) == moved
+    keep_split(cases, file)
     assert tell_seen(cases, "test", file.with_name("model_best.pt")) == cases and not caplog.text
     other = find_tensor_cases(str(data), tmp_path / "cache", split_seed=2)
     with pytest.raises(ValueError, match="had other subjects for training"):
