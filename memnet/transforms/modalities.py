@@ -126,8 +126,8 @@ class LoadModalitiesd(MapTransform):
             shifted = cast(MetaTensor, zero_background(volume)) if self.strip_background else volume
             image[channel] = _onto_grid(shifted, first)[0]
         meta = {k: v for k, v in first.meta.items() if k != "affine"}
-        others = [str(v.meta["filename_or_obj"]) for v in volumes.values() if v is not first]
-        meta["beside"] = ", ".join(sorted({Path(split_uid(name)[0]).name for name in others} - {""}))
+        names = [split_uid(v.meta["filename_or_obj"])[0].name for v in volumes.values()]
+        meta["beside"] = ", ".join(sorted({*names} - {names[0]}))
         shown = volumes.get(self.modalities.index(self.shown)) if self.shown else None
         if shown is not None and same_grid(grid_of(shown), grid_of(first)):
             meta["shown"] = shown.meta["filename_or_obj"]

@@ -45,6 +45,8 @@ def test_second_modality_is_moved_onto_the_first_ones_grid(write_nifti: Callable
 def test_the_files_that_were_joined_are_named(write_nifti: Callable[..., Path]) -> None:
     paths = [write_nifti(f"{name}.nii", phantom()[0]) for name in ("t1", "t2")]
     load = LoadModalitiesd("image")
+    both = write_nifti("both.nii", np.stack([phantom()[0]] * 2, -1))
+    assert LoadModalitiesd("image", lone=None)({"image": str(both)})["image"].meta["beside"] == ""
     joined, alone = (load({"image": entry})["image"].meta for entry in (paths, str(paths[0])))
     assert Path(joined["filename_or_obj"]).name == "t1.nii" and joined["beside"] == "t2.nii" and alone["beside"] == ""
 
