@@ -64,7 +64,7 @@ def test_what_has_no_real_numbers_is_refused(dtype: Any, told: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["a.mgh", "a.mgz", "a.PAR", "a.REC", "a.gii", "a.mnc", "a.v", "a.trk"])
-@pytest.mark.parametrize("content", [b"words, no image", gzip.compress(b"nor this")])
+@pytest.mark.parametrize("content", [b"words, no image", gzip.compress(b"nor this")], ids=["words", "compressed"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of files that nibabel leaves open
 def test_what_only_has_the_name_of_an_image_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
