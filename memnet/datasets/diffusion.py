@@ -1,17 +1,16 @@
-"""Finds diffusion series, prepares tensors of two resolutions from them, and splits the subjects."""
+"""Finds diffusion series, and prepares tensors of two resolutions from them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -24,36 +23,19 @@ from memnet.datasets.diffusion_files import (
     read_bvals,
     read_series,
     save_whole,
-    source_of,
     stem_of,
     write_tensors,
 )
+from memnet.datasets.diffusion_split import SECTIONS, Split, by_patient, split_subjects, tell_shared
 from memnet.diffusion.tensors import fit_tensors, is_unweighted
 from memnet.whole_files import whole_file
 
-__all__ = [
-    "SPLIT_FILE",
-    "find_inputs",
-    "find_series",
-    "find_tensor_cases",
-    "keep_split",
-    "prepare",
-    "repeat",
-    "split_subjects",
-    "tell_seen",
-]
+__all__ = ["find_inputs", "find_series", "find_tensor_cases", "prepare", "repeat"]
 
 logger = logging.getLogger("memnet")
 
-Section = Literal["training", "validation", "test"]
-Split = dict[Section, list[Case]]
-
-SPLIT_FILE = "split.json"
-"""Lies beside the weights of a training and names its series."""
-
 _HCP = (Path("T1w", "Diffusion", "data.nii.gz"), Path("T1w", "Diffusion_7T", "data.nii.gz"))
 _VERSION = 3  # of what a prepared folder holds
-_SECTIONS: tuple[Section, ...] = ("training", "validation", "test")
 
 
 def find_series(dataset_dir: str | Path) -> list[Case]:
@@ -215,37 +197,6 @@ def _are_files(*files: str) -> bool:
     return all(Path(file).is_file() for file in files)
 
 
-def split_subjects(
-    cases: Sequence[Case], n_training: int | None, n_validation: int, n_test: int, seed: int = 0
-) -> Split:
-    """Split subjects at random into those to train on, to validate and to test with.
-
-    The test subjects, and the validation's, stay the same whatever the number of those to train on. Series of one ``patient``
-    stay together, and count as one subject.
-
-    Args:
-        cases: see :func:`find_series`.
-        n_training: how many to train on; all that are left where None.
-        n_validation: how many to choose the best epoch by.
-        n_test: how many to test with.
-        seed: seed of the split.
-
-    Raises:
-        ValueError: there are not as many.
-    """
-    shuffled = _by_patient(cases)
-    wanted = n_validation + n_test + (1 if n_training is None else n_training)
-    if len(shuffled) < wanted or n_validation < 1 or n_test < 0 or (n_training is not None and n_training < 1):
-        raise ValueError(
-            f"{len(shuffled)} subjects are there; n_training={n_training}, n_validation={n_validation} and n_test={n_test} "
-            f"need {wanted}, at least one to train on and one to validate with"
-        )
-    random.Random(seed).shuffle(shuffled)
-    test, validation = shuffled[:n_test], shuffled[n_test : n_test + n_validation]
-    training = shuffled[n_test + n_validation :][:n_training]
-    return {"training": sum(training, []), "validation": sum(validation, []), "test": sum(test, [])}
-
-
 def find_tensor_cases(
     dataset_dir: str | Path | Sequence[str] | None,
     cache_dir: str | Path,
@@ -264,10 +215,11 @@ def find_tensor_cases(
             subject or file that is in two of these is told in a warning.
         cache_dir: see :func:`prepare`.
         shells: see :func:`prepare`.
-        n_training: see :func:`split_subjects`; of a folder ``training`` the first so many, in the order of their names.
-        n_validation: see :func:`split_subjects`.
-        n_test: see :func:`split_subjects`.
-        split_seed: see :func:`split_subjects`.
+        n_training: see :func:`memnet.datasets.diffusion_split.split_subjects`; of a folder ``training`` the first so many, in the
+            order of their names.
+        n_validation: see :func:`memnet.datasets.diffusion_split.split_subjects`.
+        n_test: see :func:`memnet.datasets.diffusion_split.split_subjects`.
+        split_seed: see :func:`memnet.datasets.diffusion_split.split_subjects`.
         rate: see :func:`prepare`.
         interpolated: the section whose subjects get ``interpolated``, see :func:`prepare`.
 
@@ -275,106 +227,26 @@ def find_tensor_cases(
         ``training``, ``validation`` and ``test``.
 
     Raises:
-        ValueError: see :func:`split_subjects`.
+        ValueError: see :func:`memnet.datasets.diffusion_split.split_subjects`.
     """
     if not as_list(dataset_dir):
-        return {section: [] for section in _SECTIONS}
+        return {section: [] for section in SECTIONS}
     folder = existing_folder(str(dataset_dir), "diffusion series in HCP's or BIDS layout")
-    are_apart = all((folder / section).is_dir() for section in _SECTIONS)
+    are_apart = all((folder / section).is_dir() for section in SECTIONS)
     if are_apart:
-        split: Split = {section: find_series(folder / section) for section in _SECTIONS}
-        _tell_shared(split)
-        subjects = _by_patient(split["training"])
+        split: Split = {section: find_series(folder / section) for section in SECTIONS}
+        tell_shared(split)
+        subjects = by_patient(split["training"])
         if n_training is not None and not 1 <= n_training <= len(subjects):
             raise ValueError(f"n_training is {n_training}; {folder / 'training'} has {len(subjects)} subjects")
         split["training"] = sum(subjects[:n_training], [])
     else:
         split = split_subjects(find_series(folder), n_training, n_validation, n_test, split_seed)
-    caches = {section: Path(cache_dir) / section if are_apart else cache_dir for section in _SECTIONS}
+    caches = {section: Path(cache_dir) / section if are_apart else cache_dir for section in SECTIONS}
     return {
         section: prepare(split[section], caches[section], shells, rate, interpolated=section == interpolated)
-        for section in _SECTIONS
+        for section in SECTIONS
     }
-
-
-def keep_split(cases: Split, file: str | Path, resume: bool = False) -> Split:
-    """Write down which subjects a training has, for :func:`tell_seen`, and see that it goes on with the same.
-
-    Args:
-        cases: see :func:`find_tensor_cases`.
-        file: JSON, beside the weights: for each section the subjects' names, which may have moved when it goes on, and files.
-        resume: whether a training goes on.
-
-    Returns:
-        ``cases``.
-
-    Raises:
-        ValueError: the training that goes on had other subjects.
-    """
-    file = Path(file)
-    series = {s: {case["subject"]: source_of(case["tensor_high"]) for case in cases[s]} for s in _SECTIONS}
-    if not any(series.values()):
-        return cases
-    if resume and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        for section in _SECTIONS[:2]:
-            changed = sorted(set(before[section]) ^ set(series[section]))
-            if changed:
-                raise ValueError(
-                    f"{file}: the training to resume had other subjects for {section} (of {len(changed)}, {changed[0]} is in "
-                    "one of both alone); give the data set and the split that it began with"
-                )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as partial:
-        partial.write_text(json.dumps(series, indent=1), encoding="utf-8")
-    return cases
-
-
-def tell_seen(cases: Split, section: str, weights: str | Path) -> Split:
-    """Warn where series to be scored are among those that weights were trained or chosen with, see :func:`keep_split`.
-
-    Args:
-        cases: see :func:`find_tensor_cases`.
-        section: what is scored.
-        weights: a training's file of weights; of others nothing is known, and nothing told.
-
-    Returns:
-        ``cases``.
-    """
-    file = Path(weights).parent / SPLIT_FILE
-    if section == "test" and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        seen = {*before["training"].values(), *before["validation"].values()}
-        found = [source for case in cases["test"] if (source := source_of(case["tensor_high"])) in seen]
-        if found:
-            logger.warning(
-                "%d of %d test series were trained on or validated with, according to %s, such as %s: the scores say little of "
-                "other subjects",
-                len(found),
-                len(cases["test"]),
-                file,
-                found[0],
-            )
-    return cases
-
-
-def _by_patient(cases: Sequence[Case]) -> list[list[Case]]:
-    """Group series of one patient, in the order of the first of each."""
-    of_patient: dict[str, list[Case]] = {}
-    for case in cases:
-        of_patient.setdefault(str(case.get("patient", case["subject"])), []).append(case)
-    return list(of_patient.values())
-
-
-def _tell_shared(split: Split) -> None:
-    """Warn of a patient or a file in two sections."""
-    known: dict[str, str] = {}
-    for section, cases in split.items():
-        for key in {str(Path(c["data"]).resolve()) for c in cases} | {c["patient"] for c in cases if "patient" in c}:
-            if known.setdefault(key, section) != section:
-                logger.warning(
-                    "%s is in %s and in %s: scores will say little of other subjects", key, known[key], section
-                )
 
 
 def repeat(cases: Sequence[Case], n: int | None = None) -> list[Case]:
