@@ -41,10 +41,8 @@ def largest_patch(
     shape = shape or (0,) * len(step.patch)
     n_free, fixed = list(shape).count(0), prod(n or 1 for n in shape)
     first = side = 8 * multiple
-    least, most = (
-        multiple,
-        None,
-    )  # the largest that fits so far, or is too small for the network; the smallest that does not fit
+    least = multiple  # the largest that fits so far, or is too small for the network
+    most: int | None = None  # the smallest that does not fit, or is too large for the network
     best: Plan | None = None
     last: Plan | None = None
     while side:
@@ -52,10 +50,12 @@ def largest_patch(
             with _quiet():
                 plan = step.plan(memory, precision, [n or side for n in shape], batch)
         except RuntimeError:  # the network's own
-            if last is None or (side > first and multiple >= _MOST_HALVED):
+            if last is None:
                 raise
-            if side > first:  # smaller ones go: it cannot be halved as often as they
+            if side > first and multiple < _MOST_HALVED:  # smaller ones go: it cannot be halved as often as they
                 multiple *= 2
+            elif side > first:
+                most = side
             else:  # too small to be halved so often
                 least, side = side, (side + (most or first)) // 2
             side = _between(side, least, most, multiple)

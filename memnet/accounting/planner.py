@@ -27,11 +27,10 @@ from memnet.spelling import did_you_mean
 __all__ = ["PRECISIONS", "Plan", "TrainingStep"]
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
-# losses whose target looks like the prediction; others take a label map of one channel
-_OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)  # take the number of the class at each place, without channels
+# losses of the number of the class at each place, and those whose target looks like the prediction; others take a label map of
+# one channel
+_OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 _OF_ONE_SHAPE = (nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss)
-
-
 _BATCHES = ("batch_size", "patches_per_volume")  # ids whose product is the number of patches of a step
 
 
@@ -173,20 +172,14 @@ class TrainingStep:
             def run() -> None:
                 with precisions, torch.autocast("cpu", dtype, enabled=dtype is not None):
                     prediction = network(image)
-                others: Sequence[torch.Tensor] = ()
-                if isinstance(prediction, tuple) and loss is not None:  # as SegResNetVAE's, with a loss of its own
-                    prediction, *others = prediction
-                if loss is None:
-                    parts = prediction if isinstance(prediction, list | tuple) else [prediction]
-                    sum(part.float().sum() for part in parts).backward()
-                elif others:
-                    (
-                        loss(prediction, label) + sum(part.float().sum() for part in others if part is not None)
-                    ).backward()
-                elif isinstance(loss, _OF_ONE_SHAPE):
-                    loss(prediction, torch.zeros_like(prediction)).backward()
-                else:
-                    loss(prediction, label).backward()
+                # of several outputs the first is compared, where there is a loss: SegResNetVAE's others are losses of its own
+                several = isinstance(prediction, tuple) or (loss is None and isinstance(prediction, list))
+                parts = [part for part in prediction if part is not None] if several else [prediction]
+                if loss is not None and isinstance(loss, _OF_ONE_SHAPE):
+                    parts[0] = loss(parts[0], torch.zeros_like(parts[0]))
+                elif loss is not None:
+                    parts[0] = loss(parts[0], label)
+                sum(part.float().sum() for part in parts).backward()
 
             return run, list(network.parameters())
 
@@ -253,7 +246,7 @@ class TrainingStep:
 
 
 def _root(error: BaseException) -> str:
-    """Return the last line of what lies below an error."""
+    """Return the kind and the first line of the error that caused another."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

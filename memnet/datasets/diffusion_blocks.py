@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from memnet.datasets.diffusion_files import read_series, write_series
+from memnet.datasets.diffusion_split import SECTIONS
 from memnet.diffusion.tensors import DiffusionSeries
 
 __all__ = ["add_parser", "cut_blocks"]
-
-_SECTIONS = ("training", "validation", "test")
 
 
 def cut_blocks(
@@ -50,7 +49,7 @@ def cut_blocks(
     length = series.mask.shape[axis]
     ends = np.round(np.cumsum([0, *shares]) * length).astype(int)
     blocks: dict[str, DiffusionSeries] = {}
-    for number, section in enumerate(_SECTIONS):
+    for number, section in enumerate(SECTIONS):
         begin, end = int(ends[number] + (gap if number else 0)), int(ends[number + 1])
         if end - begin < 2:
             raise ValueError(f"{data}: {length} voxels along axis {axis} leave {end - begin} for {section}")
