@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 __all__ = ["Guarded", "Replay", "SideEffects", "accumulate", "guarded", "is_watched", "pack", "replay_with_grad"]
 
@@ -19,12 +20,13 @@ PullBack = Callable[[Sequence[torch.Tensor | None]], tuple[list[torch.Tensor | N
 class Replay:
     """One call of a module, remembered well enough to be repeated bit for bit.
 
-    The first call notes the parameters, the autocast state, the inputs' strides, which modules are in training mode, the
-    buffers that the call may have changed (batch statistics, power iterations, counters), and the state of the random
-    generators if the call drew from them. A repetition runs under all of these, leaves the module's buffers and the global
-    random state untouched, and uses aliases of the parameters, so that hooks registered on parameters see one gradient a
-    step and not two. In neither does cuDNN measure which of its algorithms is the fastest
-    (``torch.backends.cudnn.benchmark``). While it runs, the module holds the aliases: one thread at a time may train it.
+    The first call notes the parameters, the autocast state, the modes that change PyTorch's functions (as the default device
+    does), the inputs' strides, which modules are in training mode, the buffers that the call may have changed (batch
+    statistics, power iterations, counters), and the state of the random generators if the call drew from them. A repetition
+    runs under all of these, leaves the module's buffers and the global random state untouched, and uses aliases of the
+    parameters, so that hooks registered on parameters see one gradient a step and not two. In neither does cuDNN measure which
+    of its algorithms is the fastest (``torch.backends.cudnn.benchmark``). While it runs, the module holds the aliases: one
+    thread at a time may train it.
 
     Args:
         module: the module to call.
@@ -35,6 +37,7 @@ class Replay:
         self._parameters: dict[str, tuple[nn.Parameter, int]] = {}
         self._modes: list[tuple[nn.Module, bool]] = []
         self._autocast: list[tuple[str, bool, torch.dtype]] = []
+        self._function_modes: list[TorchFunctionMode] = []
         self._strides: list[tuple[int, ...] | None] = []
         self._buffers: dict[str, torch.Tensor] = {}
         self._unchanged: dict[str, tuple[torch.Tensor, int]] = {}
@@ -51,6 +54,7 @@ class Replay:
         """Remember what a repetition needs of the call that is made meanwhile, by whatever way the same is computed."""
         types = sorted({"cpu"} | {x.device.type for x in inputs})
         self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
+        self._function_modes = _get_current_function_mode_stack()
         self._strides = [x.stride() if _is_dense(x) else None for x in inputs]
         # Noted now, not looked up later: inside the repetition of a surrounding chain these are that chain's aliases.
         self._parameters = {name: (p, p._version) for name, p in _named_parameters(self.module)}
@@ -112,6 +116,7 @@ class Replay:
         with ExitStack() as stack:
             stack.enter_context(_training_modes(self._modes))
             stack.enter_context(_unmeasured_convolutions())
+            stack.enter_context(_only_function_modes(self._function_modes))
             if self._random is not None:
                 cpu, cuda = self._random
                 stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
@@ -310,6 +315,25 @@ def _without_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(enabled)
+
+
+@contextmanager
+def _only_function_modes(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
+    """Have exactly these modes in force; PyTorch turns them off in a backward pass."""
+    before = _get_current_function_mode_stack()
+    # Entering one again would overwrite what a mode remembers for its end.
+    _replace_function_modes(modes)
+    try:
+        yield
+    finally:
+        _replace_function_modes(before)
+
+
+def _replace_function_modes(modes: Sequence[TorchFunctionMode]) -> None:
+    for _ in _get_current_function_mode_stack():
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)
 
 
 @contextmanager

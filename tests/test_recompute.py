@@ -7,6 +7,7 @@ import torch
 from checks import MEMORIES, Net, branch, check_parity, couplings, differing, step, streams, weigh, with_branch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from memnet import AdditiveCoupling, Chain
 from memnet.accounting.live_memory import peak_live_bytes
@@ -29,6 +30,56 @@ def test_backward_under_another_autocast_state(memory, device):
             loss.backward()
         gradients[name] = [p.grad for p in net.chain.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(*gradients.values(), strict=True))
+
+
+@every_memory
+def test_backward_outside_of_a_mode_that_changes_functions(memory, device):
+    """Such as a default device, where blocks make tensors: PyTorch turns it off in a backward pass even inside of it."""
+
+    class Cubes(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.tanh:
+                return args[0] ** 3
+            return func(*args, **(kwargs or {}))
+
+    net, (x,) = Net(with_branch(nn.Tanh())).to(device), streams(2, 1, 6, n=1, device=device)
+    gradients = {}
+    for name in ("store", memory):
+        net.memory = name
+        net.zero_grad()
+        with Cubes():
+            loss = weigh([net(x)])
+        loss.backward()
+        gradients[name] = [p.grad for p in net.chain.parameters()]
+        assert not _get_current_function_mode_stack()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients.values(), strict=True))
+
+
+@every_memory
+def test_default_device_of_the_forward_pass(memory):
+    """A block that makes a tensor makes it on the same device when it runs again, and the default is as before after it."""
+
+    class Ramp(nn.Module):
+        def forward(self, x):
+            places.append(torch.arange(x.shape[-1]).device.type)
+            return x * torch.arange(x.shape[-1], device="cpu")
+
+    places: list[str] = []
+    net, (x,) = Net(with_branch(Ramp())), streams(2, 1, 6, n=1)
+    net.memory = memory
+    with torch.device("meta"):
+        y = net(x)
+        assert torch.empty(1).is_meta
+    weigh([y]).backward()
+    assert set(places) == {"meta"} and not torch.empty(1).is_meta
+    try:
+        torch.set_default_device("meta")
+        y = net(x)
+        weigh([y]).backward()
+        assert torch.empty(1).is_meta
+    finally:
+        torch.set_default_device(None)
+    assert set(places) == {"meta"} and not torch.empty(1).is_meta
 
 
 @every_memory

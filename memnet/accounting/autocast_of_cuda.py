@@ -25,7 +25,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 class AutocastOfCuda(TorchFunctionMode):
     """Under a CPU's autocast, give each function of PyTorch the precision that it would have under CUDA's.
 
-    In a backward pass, where checkpointed or inverted blocks run again, such a mode of PyTorch's is off.
+    Checkpointed and inverted blocks run again under it, see :class:`memnet.recompute.Replay`.
 
     References:
         https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference

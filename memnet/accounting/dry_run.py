@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from memnet.accounting.convolution_memory import bytes_inside
 from memnet.accounting.operations import flops_of
 from memnet.accounting.shapes import run_without_data
 
-__all__ = ["Device", "DryRun", "Ledger", "dry_run", "simulation"]
+__all__ = ["Device", "DryRun", "Ledger", "building", "dry_run", "simulation"]
 
 Device = Literal["cpu", "cuda"]
 """Where a run would be."""
@@ -27,7 +27,8 @@ _ATEN = torch.ops.aten
 # What an operation whose result depends on the data is taken to return: a stream in range, a residual that is not yet small,
 # a random state that was not drawn from, a valid label.
 _STAND_INS: dict[Any, Any] = {_ATEN._local_scalar_dense.default: 1, _ATEN.equal.default: True}
-_COUNTED = {_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step}  # loops run over their values
+# loops run over their values
+_COUNTED = {_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step, _ATEN.linspace.default}
 _DEVICE = torch.ops.prim.device.default  # asked for more often than everything else together
 _BY_ELEMENTS = {_ATEN.leaky_relu_backward.default}  # which PyTorch does not tag as such
 _TOLERANCE = 0.001  # share of the peak that may be dead already; looking after each operation takes too long
@@ -66,7 +67,8 @@ def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor
         RuntimeError: an operation of the network needs the values of its tensors in a way that no stand-in can serve.
     """
     with simulation():
-        run, parameters = make()
+        with _Building():
+            run, parameters = make()
         ledger = Ledger(device == "cpu")
         with ledger:
             result = run()
@@ -77,6 +79,21 @@ def dry_run(make: Callable[[], tuple[Callable[[], object], Iterable[torch.Tensor
 def simulation() -> AbstractContextManager[Any]:
     """Return a context in which tensors have no data."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Make a context in which networks are built without data."""
+    with simulation(), _Building():
+        yield
+
+
+class _Building(TorchDispatchMode):
+    """Knows the numbers that networks read while they are built."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return _with_numbers(func, args, kwargs, func(*args, **kwargs))
 
 
 class Ledger(TorchDispatchMode):
@@ -110,9 +127,7 @@ class Ledger(TorchDispatchMode):
             if func not in _STAND_INS:
                 raise RuntimeError(f"{func} needs values, and a simulation has shapes alone") from error
             return _STAND_INS[func]
-        if func in _COUNTED and isinstance(outputs, FakeTensor):
-            with no_dispatch():
-                outputs.constant = func(*args, **{**kwargs, "device": "cpu"})
+        outputs = _with_numbers(func, args, kwargs, outputs)
         self.flops += flops_of(func, args, kwargs, outputs)
         inside = (bytes_inside(func, args, outputs) or _bytes_of_casts(func, args)) if self._counts_inside else 0
         storages = {_key(y.untyped_storage()): y.untyped_storage() for y in made}
@@ -172,6 +187,13 @@ class Ledger(TorchDispatchMode):
             key = _key(first.untyped_storage())
             if key in self._alive:
                 self._cancel(key)
+
+
+def _with_numbers(function: Any, arguments: Any, options: Any, outputs: Any) -> Any:
+    if function in _COUNTED and isinstance(outputs, FakeTensor):
+        with no_dispatch():
+            outputs.constant = function(*arguments, **{**options, "device": "cpu"})
+    return outputs
 
 
 def _bytes_of_casts(function: Any, arguments: Any) -> int:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from memnet.accounting.autocast_of_cuda import AutocastOfCuda
-from memnet.accounting.dry_run import Device, dry_run
+from memnet.accounting.dry_run import Device, building, dry_run
 from memnet.chain import Chain, Memory
 from memnet.diffusion.superresolution import TensorLoss
 from memnet.nets.packed import PackedMoDL
@@ -220,7 +220,7 @@ class TrainingStep:
         return f"{' in '.join(words)}{', with ' * bool(words and pasted)}{pasted}"
 
     def _build_without_data(self, memory: str | None) -> nn.Module:
-        with torch.device("meta"):
+        with building():
             return self._parser(memory).get_parsed_content(self._network_id)
 
     def _supports(self, memory: str) -> bool:

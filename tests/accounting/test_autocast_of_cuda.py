@@ -1,11 +1,16 @@
 """The precisions of a GPU's autocast on a CPU: those that PyTorch's reference names."""
 
+import copy
+
 import pytest
 import torch
+from checks import MEMORIES
 from torch import nn
 from torch.nn import functional
 
+from memnet import AdditiveCoupling, Chain, ChannelMerge, ChannelSplit
 from memnet.accounting.autocast_of_cuda import AutocastOfCuda
+from memnet.accounting.dry_run import dry_run
 from memnet.accounting.planner import TrainingStep
 
 FUNCTIONS = {
@@ -38,6 +43,30 @@ def test_precision_is_that_of_cuda_and_not_of_a_cpu(name):
 def test_without_autocast_nothing_changes():
     with AutocastOfCuda():
         assert nn.Softmax(1)(torch.randn(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_what_runs_again_runs_under_it(memory):
+    """PyTorch turns such modes off in a backward pass, and recomputed norms were foretold in bfloat16."""
+    peaks = {}
+    for norm in (nn.GroupNorm(4, 8), nn.Identity()):
+        branches = [nn.Sequential(nn.Conv3d(8, 8, 1), norm, nn.SiLU(), nn.Conv3d(8, 8, 1)) for _ in range(4)]
+        blocks = [AdditiveCoupling(f, g) for f, g in zip(branches[::2], branches[1::2], strict=True)]
+
+        def make(blocks=blocks):
+            network = copy.deepcopy(Chain([ChannelSplit(), *blocks, ChannelMerge()], memory))
+            image = torch.rand(1, 16, 32, 32, 32, requires_grad=True)
+
+            def run():
+                with AutocastOfCuda(), torch.autocast("cpu", torch.bfloat16):
+                    y = network(image)
+                y.float().sum().backward()
+
+            return run, list(network.parameters())
+
+        peaks[type(norm)] = dry_run(make, "cuda").peak
+    # the output of a norm alone, 8 channels in float32
+    assert peaks[nn.GroupNorm] - peaks[nn.Identity] >= 4 * 8 * 32**3
 
 
 def test_a_plan_for_a_gpu_counts_norms_in_float32():
