@@ -16,7 +16,7 @@ from memnet.whole_files import whole_file
 from memnet.workflow.legends import Legend
 from memnet.workflow.metrics import label_volumes
 
-__all__ = ["draw_overlay", "overlay_figure", "write_png"]
+__all__ = ["draw_overlay", "mark_sides", "overlay_figure", "write_png"]
 
 _BACKGROUND = "#101216"
 _MARGIN_MM = 12.0
@@ -54,7 +54,6 @@ def overlay_figure(scan: str | Path, labels: str | Path, legend: Legend) -> Any:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    from matplotlib.patheffects import withStroke
 
     volume, segmented = read_volume(scan, constant=True), nib.squeeze_image(nib.load(labels))
     affine = segmented.affine
@@ -106,11 +105,7 @@ def overlay_figure(scan: str | Path, labels: str | Path, legend: Legend) -> Any:
                 axes.set_title(name, color="white", fontsize=13, pad=6)
             ends = ("A", "P") if name == "sagittal" else ("R", "L")
             # canonical axes grow to the right, to the front and up
-            for text, x, side in ((ends[1], 0.02, "left"), (ends[0], 0.98, "right")):
-                letter = axes.text(
-                    x, 0.5, text, color="white", fontsize=12, ha=side, va="center", transform=axes.transAxes
-                )
-                letter.set_path_effects([withStroke(linewidth=2.5, foreground="black")])
+            mark_sides(axes, ends[1], ends[0])
     volumes = label_volumes(values, affine, {name: of_class for name, (of_class, _) in legend.classes.items()})
     handles = [Patch(color=c, label=f"{name}   {volumes[name]:.0f} ml") for name, (_, c) in legend.classes.items()]
     figure.legend(
@@ -124,6 +119,17 @@ def overlay_figure(scan: str | Path, labels: str | Path, legend: Legend) -> Any:
     )
     figure.suptitle(split_uid(scan)[0].name, color="#b8c0cc", fontsize=11, x=0.012, y=0.985, ha="left")
     return figure
+
+
+def mark_sides(axes: Any, left: str, right: str, fontsize: int = 12) -> None:
+    """Write at a plane's sides where in the body they are, such as ``L`` and ``R``."""
+    from matplotlib.patheffects import withStroke
+
+    for text, x, side in ((left, 0.02, "left"), (right, 0.98, "right")):
+        letter = axes.text(
+            x, 0.5, text, color="white", fontsize=fontsize, ha=side, va="center", transform=axes.transAxes
+        )
+        letter.set_path_effects([withStroke(linewidth=2.5, foreground="black")])
 
 
 def _profiles(mask: np.ndarray) -> list[np.ndarray]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +16,7 @@ from memnet.dicom import split_uid
 from memnet.diffusion.tensors import fractional_anisotropy
 from memnet.workflow.legends import LEGENDS
 from memnet.workflow.metrics import label_volumes
-from memnet.workflow.overlay import overlay_figure, write_png
+from memnet.workflow.overlay import mark_sides, overlay_figure, write_png
 from memnet.workflow.reporting import class_map, first_filled
 
 __all__ = ["ComparisonPanel", "ImagePanel", "LabelPanel", "ReportedCase", "TensorPanel"]
@@ -27,6 +27,14 @@ _WIDTH, _NARROWEST, _TALLEST = 2.6, 1.7, 6.0  # of a plane on average, with its 
 _COLOURS = ("#3b8fd4", "#e8743b", "#f6e8a6", "#9fd356", "#c77dd1")
 
 Case = Mapping[str, Any]
+
+
+class _Plane(NamedTuple):
+    """Values ``(up, right)``, the sides of a pixel to the right and up, and where in the body left and right are."""
+
+    values: np.ndarray
+    pixel: tuple[float, float]
+    ends: tuple[str, str] = ("", "")
 
 
 @dataclass
@@ -94,7 +102,7 @@ class ImagePanel:
             found.numbers |= {"k-space [%]": 100 * float(meta["sampled"])}
             found.numbers |= {"raw data": "simulated from magnitudes" if meta.get("is_simulated") else "as read"}
         if draw:
-            _draw(found, _planes(values, image.header.get_zooms()), float(np.percentile(values, 99.5)))
+            _draw(found, _planes(values, image), float(np.percentile(values, 99.5)))
         return found
 
 
@@ -123,7 +131,7 @@ class TensorPanel:
         if draw and "panel" in meta:
             found.picture, found.shows = Path(meta["panel"]).read_bytes(), "MD, FA and colour FA of each method"
         elif draw:
-            _draw(found, _planes(fa, maps["fa"].header.get_zooms()), 0.8)
+            _draw(found, _planes(fa, maps["fa"]), 0.8)
             found.shows = f"FA: {found.shows}"
         return found
 
@@ -165,15 +173,22 @@ class ComparisonPanel:
             entries = [case[key] for key in self.entries.values()]
             inside = None if self.within is None else torch.as_tensor(case[self.within])[-1:] > 0
             # what a network or an interpolation gives may know nothing of the grid that all are on
-            placed = next((x for x in (*entries, case["image"]) if not np.allclose(_affine(x), np.eye(4))), entries[0])
-            sides = np.linalg.norm(_affine(placed)[:3, :3], axis=0).tolist()
-            sides = [1.0, *sides[:2]] if self.movie else sides
+            affines = (_affine(x) for x in (*entries, case["image"]))
+            affine = next((affine for affine in affines if not np.allclose(affine, np.eye(4))), None)
+            sides = np.linalg.norm((np.eye(4) if affine is None else affine)[:3, :3], axis=0).tolist()
+            ends = [("", "")] * 3 if affine is None else _ends(affine)
+            if self.movie:
+                sides, ends = [1.0, *sides[:2]], [("", ""), *ends[:2]]
             planes = [self._plane(x, inside) for x in entries]
             images = [plane for plane in planes if not np.issubdtype(plane.dtype, np.integer)]
             white = 0.8 if self.tensors else float(np.percentile(images[-1], 99.5)) if images else 1.0
-            right, up = (side for axis, side in enumerate(sides, 1) if axis != self.axis)
+            right, up = (axis for axis in range(3) if axis != self.axis - 1)
             shown = {
-                title: (plane if np.issubdtype(plane.dtype, np.integer) else plane / (white or 1), (right, up))
+                title: _Plane(
+                    plane if np.issubdtype(plane.dtype, np.integer) else plane / (white or 1),
+                    (sides[right], sides[up]),
+                    ends[right],
+                )
                 for title, plane in zip(self.entries, planes, strict=True)
             }
             found.picture = _png(_row(shown, self.colours))
@@ -199,6 +214,12 @@ def _affine(volume: Any) -> np.ndarray:
     return np.eye(4) if affine is None else np.asarray(affine)
 
 
+def _ends(affine: np.ndarray) -> list[tuple[str, str]]:
+    """Return for each axis where in the body it begins and ends, as letters."""
+    begins, grows = (nib.aff2axcodes(affine, labels) for labels in (("RL", "AP", "SI"), ("LR", "PA", "IS")))
+    return list(zip(begins, grows, strict=True))
+
+
 def _source(meta: Mapping[str, Any]) -> str:
     return str(split_uid(meta["filename_or_obj"])[0])
 
@@ -208,33 +229,36 @@ def _size(image: Any) -> dict[str, str | float]:
     return {"size": " x ".join(map(str, image.shape)), "voxel [mm]": sides}
 
 
-def _draw(found: ReportedCase, planes: Mapping[str, tuple[np.ndarray, Sequence[float]]], white: float) -> None:
-    found.picture = _png(_row({name: (plane / (white or 1), side) for name, (plane, side) in planes.items()}))
+def _draw(found: ReportedCase, planes: Mapping[str, _Plane], white: float) -> None:
+    found.picture = _png(
+        _row({name: plane._replace(values=plane.values / (white or 1)) for name, plane in planes.items()})
+    )
     found.shows = ", ".join(planes)
 
 
-def _planes(values: np.ndarray, sides: Sequence[float]) -> dict[str, tuple[np.ndarray, tuple[float, float]]]:
-    """Return named planes ``(up, right)`` of a volume, or of a movie, with the sides of their pixels in mm."""
+def _planes(values: np.ndarray, image: Any) -> dict[str, _Plane]:
+    """Return named planes of a saved volume or movie."""
+    sides, ends = image.header.get_zooms(), _ends(image.affine)
     x, y, z = (int(n) // 2 for n in values.shape[:3])
     if values.ndim == 4 and values.shape[3] > 1:
         n_frames, side = values.shape[3], (sides[0], sides[1])
         # as long as the line, whatever the number of frames
         stretched = np.arange(values.shape[0]) * n_frames // values.shape[0]
         return {
-            "first frame": (values[:, :, z, 0].T, side),
-            "middle frame": (values[:, :, z, n_frames // 2].T, side),
-            "a line in time, to the right": (values[x, :, z][:, stretched], side),
+            "first frame": _Plane(values[:, :, z, 0].T, side, ends[0]),
+            "middle frame": _Plane(values[:, :, z, n_frames // 2].T, side, ends[0]),
+            "a line in time, to the right": _Plane(values[x, :, z][:, stretched], side),
         }
     volume = values[..., 0] if values.ndim == 4 else values
     return {
-        "first and second axis": (volume[:, :, z].T, (sides[0], sides[1])),
-        "first and third axis": (volume[:, y].T, (sides[0], sides[2])),
-        "second and third axis": (volume[x].T, (sides[1], sides[2])),
+        "first and second axis": _Plane(volume[:, :, z].T, (sides[0], sides[1]), ends[0]),
+        "first and third axis": _Plane(volume[:, y].T, (sides[0], sides[2]), ends[0]),
+        "second and third axis": _Plane(volume[x].T, (sides[1], sides[2]), ends[1]),
     }
 
 
-def _row(planes: Mapping[str, tuple[np.ndarray, Sequence[float]]], classes: Mapping[str, str] | None = None) -> Any:
-    """Draw planes ``(up, right)`` side by side and on one scale.
+def _row(planes: Mapping[str, _Plane], classes: Mapping[str, str] | None = None) -> Any:
+    """Draw planes side by side and on one scale.
 
     Floats are grey from 0 to 1, integers the colours of the named classes, with 0 as the background.
     """
@@ -245,8 +269,8 @@ def _row(planes: Mapping[str, tuple[np.ndarray, Sequence[float]]], classes: Mapp
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    widths = [plane.shape[1] * side[0] for plane, side in planes.values()]
-    height = max(len(plane) * side[1] for plane, side in planes.values())
+    widths = [plane.values.shape[1] * plane.pixel[0] for plane in planes.values()]
+    height = max(len(plane.values) * plane.pixel[1] for plane in planes.values())
     scale = min(_WIDTH * len(planes) / sum(widths), _TALLEST / height)
     columns = [max(scale * width, _NARROWEST) for width in widths]
     title, words = 0.3, 0.35 if classes else 0.02  # inches above and below
@@ -254,17 +278,18 @@ def _row(planes: Mapping[str, tuple[np.ndarray, Sequence[float]]], classes: Mapp
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(1, len(planes), width_ratios=columns)
     colours = [*classes.values(), *_COLOURS[len(classes) :]]
-    for column, (name, (plane, side)) in enumerate(planes.items()):
+    for column, (name, (plane, pixel, ends)) in enumerate(planes.items()):
         axes = figure.add_subplot(grid[column])
         axes.set_axis_off()
         look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
         if np.issubdtype(plane.dtype, np.integer):
             look = {"cmap": ListedColormap([_BACKGROUND, *colours]), "vmin": -0.5, "vmax": len(colours) + 0.5}
-        half = widths[column] / 2, len(plane) * side[1] / 2
+        half = widths[column] / 2, len(plane) * pixel[1] / 2
         extent = (-half[0], half[0], -half[1], half[1])
         axes.imshow(plane, origin="lower", extent=extent, interpolation="nearest", **look)
         axes.set(xlim=np.array([-0.5, 0.5]) * columns[column] / scale, ylim=(-height / 2, height / 2))
         axes.set_title(name, color="white", fontsize=10, pad=4)
+        mark_sides(axes, *ends, fontsize=9)
     if classes:
         handles = [Patch(color=colour, label=name) for name, colour in classes.items()]
         figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, labelcolor="white")

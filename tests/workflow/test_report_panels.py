@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 from PIL import Image, ImageColor
 
+from memnet.workflow import report_panels
 from memnet.workflow.legends import LEGENDS
-from memnet.workflow.report_panels import ComparisonPanel
+from memnet.workflow.report_panels import ComparisonPanel, ImagePanel
 
 
 @pytest.mark.parametrize("legend", list(LEGENDS))
@@ -36,8 +40,9 @@ def test_classes_of_an_evaluation_have_the_colours_of_the_overlay(legend: str) -
     assert seen == sorted(seen)
 
 
-def test_planes_have_one_scale_and_end_with_the_brain() -> None:
+def test_planes_have_one_scale_and_end_with_the_brain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the network's output and the interpolation know nothing of the grid."""
+    monkeypatch.setattr(report_panels, "mark_sides", lambda *_, **__: None)  # no letters beside the brain
     random = torch.Generator().manual_seed(0)
     tensors = (
         torch.rand(3, 6, 12, 12, 3, generator=random) * torch.tensor([1.0, 0.1, 1, 0.1, 0.1, 1])[:, None, None, None]
@@ -78,3 +83,40 @@ def test_a_reconstruction_has_the_shape_and_brightness_of_its_voxels(movie: bool
         shown = abs(half[..., 0] - brightness) < 3
         width, height = (np.ptp(np.flatnonzero(shown.any(axis))) for axis in (0, 1))
         assert width / height == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("affine", "axis", "movie", "sides"),
+    [
+        (np.diag([-1.0, 1, 1, 1]), 3, False, ("R", "L")),
+        (np.diag([1.0, 1, 2, 1]), 3, False, ("L", "R")),
+        (np.array([[0.0, 0, -1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]), 1, False, ("I", "S")),
+        (np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]]), 1, True, ("A", "P")),
+        (np.eye(4), 3, False, ("", "")),  # of which nothing is known
+    ],
+)
+def test_sides_of_a_plane_are_named(
+    affine: np.ndarray, axis: int, movie: bool, sides: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(report_panels, "_png", lambda figure: figures.append(figure) or b"")
+    image = MetaTensor(torch.rand(1, 4, 4, 4), torch.from_numpy(affine), meta={"filename_or_obj": "a.nii.gz"})
+    ComparisonPanel({"image": "image"}, axis=axis, movie=movie)({"image": image})
+    assert [text.get_text() for text in figures[0].axes[0].texts] == list(sides)
+    assert figures[0].axes[0].texts[0].get_position()[0] < 0.5
+
+
+def test_sides_of_a_saved_image_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(report_panels, "_png", lambda figure: figures.append(figure) or b"")
+    file = tmp_path / "image.nii.gz"
+    affine = np.array([[0.0, -2, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])  # up, left, front
+    nib.save(nib.Nifti1Image(np.ones((4, 5, 6), dtype=np.float32), affine), file)
+    pred = MetaTensor(torch.ones(1), meta={"filename_or_obj": "a.h5", "saved_to": str(file)})
+    ImagePanel()({"pred": pred})
+    named = {axes.get_title(): [text.get_text() for text in axes.texts] for axes in figures[0].axes}
+    assert named == {
+        "first and second axis": ["I", "S"],
+        "first and third axis": ["I", "S"],
+        "second and third axis": ["R", "L"],
+    }
