@@ -26,6 +26,7 @@ from memnet.diffusion.tensors import (
 from memnet.transforms.grids import grid_of, same_grid
 from memnet.transforms.tensors import UNIT, interpolate
 from memnet.whole_files import whole_file
+from memnet.workflow.overlay import mark_sides
 
 __all__ = ["SaveTensorsd", "draw_tensors"]
 
@@ -160,7 +161,7 @@ def draw_tensors(target: str | Path, methods: Mapping[str, np.ndarray], title: s
     from matplotlib.figure import Figure
 
     shape = next(iter(methods.values())).shape
-    row_height = 2.5 * max(shape[1] / shape[0], 0.3)
+    row_height = 2.5 * max(shape[1] / shape[0], 0.4)  # not below what a name beside it takes
     figure = Figure(figsize=(2.6 * len(methods), 0.9 + 3 * row_height), facecolor=_BACKGROUND)
     FigureCanvasAgg(figure)
     for column, (name, tensors) in enumerate(methods.items()):
@@ -182,6 +183,7 @@ def draw_tensors(target: str | Path, methods: Mapping[str, np.ndarray], title: s
             axes.set_aspect(plane.shape[1] / plane.shape[0])
             if row == 0:
                 axes.set_title(name, color="white", fontsize=12)
+                mark_sides(axes, "L", "R", fontsize=9)
             if column == 0:
                 axes.text(-0.04, 0.5, kind, color="#b8c0cc", rotation=90, va="center", ha="right", fontsize=12)
     figure.suptitle(title, color="#b8c0cc", fontsize=10)
