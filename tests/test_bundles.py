@@ -46,6 +46,22 @@ def test_network_takes_and_gives_what_the_metadata_says(bundle: Path, config: st
     )
 
 
+@pytest.mark.parametrize("name", ["brain_mri_tissue_invres", "brain_mri_tumor_invres"])
+def test_an_evaluation_scores_the_maps_that_inference_writes(name: str) -> None:
+    """It scored what the network gave, without what inference removes and fills: other numbers than a user's own."""
+    configs = BUNDLES / name / "configs"
+    evaluation = ConfigParser(ConfigParser.load_config_files([configs / "train.json", configs / "evaluate.json"]))
+    inference = ConfigParser(json.loads((configs / "inference.json").read_text()))
+    found = []
+    for parser, at in ((evaluation, "validate#"), (inference, "")):
+        parser.parse()
+        own = [t for t in parser[f"{at}postprocessing#transforms"] if t["_target_"].startswith("memnet.")]
+        own = [t for t in own if not t["_target_"].endswith(("SaveSegmentationd", "MapLabelsd"))]
+        arguments = [{k: parser[v[1:]] if str(v).startswith("@") else v for k, v in t.items()} for t in own]
+        found.append((arguments, parser.get_parsed_content(f"{at}inferer").overlap, parser["roi_size"]))
+    assert found[0] == found[1] and found[0][0]
+
+
 WORKFLOWS = [
     ("train", "train.json"),
     ("train", "train_synthetic.json"),

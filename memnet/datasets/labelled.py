@@ -10,6 +10,7 @@ from memnet.datasets.brats import find_brats
 from memnet.datasets.cases import Case, as_list, split_folds
 from memnet.datasets.datalist import read_datalist
 from memnet.datasets.iseg import find_iseg
+from memnet.dicom import split_uid
 
 __all__ = ["find_evaluation_cases", "find_training_cases"]
 
@@ -100,7 +101,7 @@ def _labelled_cases(
         if not case.get("label"):
             raise ValueError(f"{datalist}: the case {case['image']} has no label")
         for path in [*as_list(case["image"]), case["label"]]:
-            if path is not None and not Path(path).exists():
+            if path is not None and not split_uid(path)[0].exists():
                 raise ValueError(f"{datalist}: lists {path}, which does not exist")
     if not cases and not validation:
         raise ValueError(f"{datalist}: its sections 'training' and 'validation' are empty")

@@ -6,7 +6,16 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.uid import JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless
+from pydicom.uid import (
+    UID,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+)
 
 from memnet.dicom.reading import DicomError, guarded
 from memnet.dicom.stack import Plane, Stack
@@ -48,7 +57,11 @@ def _frames(plane: Plane) -> np.ndarray:
     """Decode the pixels of a slice's file, ``(frame, row, column)``."""
     try:
         with guarded(plane.file):
-            pixels: Any = pydicom.dcmread(plane.file).pixel_array
+            image = pydicom.dcmread(plane.file, force=True)
+            if "TransferSyntaxUID" not in image.file_meta:  # as pydicom has found out
+                kinds: dict[Any, UID] = {(True, True): ImplicitVRLittleEndian, (False, True): ExplicitVRLittleEndian}
+                image.file_meta.TransferSyntaxUID = kinds.get(image.original_encoding, ExplicitVRBigEndian)
+            pixels: Any = image.pixel_array
     except DicomError:
         pixels = _decoded_elsewhere(plane)
         if pixels is None:

@@ -8,10 +8,13 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.uid import UID, MRImageStorage
+from pydicom.valuerep import format_number_as_ds
 
 from memnet.dicom.reading import guarded
-from memnet.dicom.stack import Stack
+from memnet.dicom.stack import Plane, Stack
 from memnet.whole_files import whole_file
 from memnet.workflow.legends import Legend
 
@@ -25,6 +28,7 @@ _GEOMETRY = [
     "LossyImageCompressionMethod", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "DimensionOrganizationSequence", "DimensionIndexSequence",
 ]  # fmt: skip
+_OF_FRAMES = [keyword for keyword in _GEOMETRY if keyword.endswith("Sequence")] + ["NumberOfFrames"]
 # what ties an object to its patient and study, beside DICOM's groups of the patient (0010) and of trials (0012)
 _STUDY = [
     "SpecificCharacterSet", "StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName",
@@ -88,7 +92,7 @@ def save_segmentation(labels: np.ndarray, stack: Stack, legend: Legend, target: 
     ]
     with guarded(stack.planes[0].file):
         segmentation = highdicom.seg.Segmentation(
-            source_images=[_without_patient(header) for header in headers],
+            source_images=[_without_patient(plane) for plane in stack.planes[: len(headers)]],
             pixel_array=numbers,
             segmentation_type="BINARY",
             segment_descriptions=descriptions,
@@ -107,21 +111,43 @@ def save_segmentation(labels: np.ndarray, stack: Stack, legend: Legend, target: 
         # required, and may be empty
         segmentation.ContentCreatorName = ""
         _belong(segmentation, headers[0])
+        if _is_single_frame(stack.planes[0]):
+            kind = headers[0].SOPClassUID
+            segmentation.walk(lambda dataset, element: _name_kind(element, kind))
         encoded = BytesIO()
         segmentation.save_as(encoded)
     with whole_file(target) as partial:
         partial.write_bytes(encoded.getbuffer())
 
 
-def _without_patient(header: Dataset) -> Dataset:
-    source = Dataset()
+def _without_patient(plane: Plane) -> Dataset:
+    source, header = Dataset(), plane.header
     for keyword in _GEOMETRY:
         if keyword in header:
             source[keyword] = deepcopy(header[keyword])
+    if _is_single_frame(plane):  # as one of the classic kind, of which there may be several
+        source.SOPClassUID = MRImageStorage
+        for keyword in _OF_FRAMES:
+            source.pop(keyword, None)
+        source.ImagePositionPatient = [format_number_as_ds(float(x)) for x in plane.position]
+        source.ImageOrientationPatient = [format_number_as_ds(float(x)) for x in plane.axes.ravel()]
+        source.PixelSpacing = [format_number_as_ds(float(x)) for x in plane.spacing[::-1]]
     for keyword in _EMPTY:
         setattr(source, keyword, "")
-    source.setdefault("SliceThickness", None)
+    thickness = next((group["SliceThickness"].value for group in plane.groups if "SliceThickness" in group), None)
+    source.setdefault("SliceThickness", thickness)
     return source
+
+
+def _is_single_frame(plane: Plane) -> bool:
+    """Tell whether a file of the kind that may have many frames has one."""
+    return plane.header.SOPClassUID != MRImageStorage and not plane.in_one_file
+
+
+def _name_kind(element: DataElement, kind: UID) -> None:
+    """Let a reference name the kind that the images are of."""
+    if element.keyword == "ReferencedSOPClassUID" and element.value == MRImageStorage:
+        element.value = kind
 
 
 def _belong(segmentation: Dataset, header: Dataset) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pydicom
 from pydicom.uid import (
@@ -19,7 +20,7 @@ from pydicom.uid import (
 
 from memnet.dicom.reading import DicomError, guarded
 
-__all__ = ["find_series", "holds_dicom", "split_uid"]
+__all__ = ["find_series", "holds_dicom", "read_header", "split_uid"]
 
 logger = logging.getLogger("memnet")
 
@@ -28,6 +29,8 @@ _MR_IMAGES = (MRImageStorage, EnhancedMRImageStorage, LegacyConvertedEnhancedMRI
 _TAGS = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "ProtocolName", "NumberOfFrames"]
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _MOST_LISTED = 20
+# without a preamble: the first element is one of group 2 or 8
+_STARTS_OF_OLD_FILES = [bytes([group, 0, element, 0]) for group in (2, 8) for element in (0, 1, 5, 8, 0x16)]
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def find_series(path: str | Path) -> list[Path]:
             n_foreign += 1
             continue
         with guarded(file):
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+            header = read_header(file, _TAGS)
             kind, series = header.get("SOPClassUID"), str(header.get("SeriesInstanceUID") or "")
             if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
                 continue
@@ -121,7 +124,16 @@ def _is_dicom(file: Path) -> bool:
     if file.is_symlink() and not file.exists():
         return False
     with guarded(file), file.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
+        start = stream.read(132)
+    if start[128:] == b"DICM" or start[:4] not in _STARTS_OF_OLD_FILES:
+        return start[128:] == b"DICM"
+    with guarded(file):
+        return "SOPClassUID" in read_header(file, ["SOPClassUID"])
+
+
+def read_header(file: Path, tags: list[str] | None = None) -> pydicom.FileDataset:
+    """Read a DICOM file but for its pixels, with or without the preamble that old archives leave out."""
+    return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=cast(Any, tags), force=True)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

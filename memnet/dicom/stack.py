@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from pydicom.dataset import Dataset
 
 from memnet.dicom.reading import DicomError, guarded
-from memnet.dicom.series import find_series
+from memnet.dicom.series import find_series, read_header
 
 __all__ = ["Plane", "Stack", "read_stack"]
 
@@ -89,7 +88,7 @@ def read_stack(path: str | Path) -> Stack:
     planes: list[Plane] = []
     for file in files:
         with guarded(file):
-            planes += _planes(file, pydicom.dcmread(file, stop_before_pixels=True))
+            planes += _planes(file, read_header(file))
     if len(files) > 1 and any(plane.in_one_file for plane in planes):
         raise DicomError(f"{path}: the series has {len(files)} files, some of several frames; give one of them alone")
     with guarded(path):
@@ -145,7 +144,8 @@ def _plane(file: Path, header: Dataset, frame: int, groups: Sequence[Dataset]) -
 
 def _stack(name: str, planes: Sequence[Plane]) -> Stack:
     if len(planes) < 2:
-        raise DicomError(f"{name}: the series is a single image, expected a stack of them")
+        hint = "; give the folder of its series" if planes and str(planes[0].file) == name else ""
+        raise DicomError(f"{name}: the series is a single image, expected a stack of them{hint}")
     _require_one(name, planes, "sizes", lambda p: np.array([p.header.Columns, p.header.Rows], dtype=float), 0.5)
     _require_one(name, planes, "pixel spacings", lambda p: p.spacing, 1e-3 * float(planes[0].spacing.min()))
     _require_one(name, planes, "orientations, as localizers are", lambda p: p.axes, 1e-3)

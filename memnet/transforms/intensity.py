@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, ScaleIntensityRangePercentiles
+from monai.transforms import MapTransform, ScaleIntensityRange
+from monai.transforms.utils_pytorch_numpy_unification import percentile
 
 from memnet.metadata import plain_tensor
 
@@ -111,11 +112,13 @@ class ScaleModalitiesd(MapTransform):
     Args:
         keys: the images, ``(C, D, H, W)``.
         upper: the percentile that becomes 1.
+        least_share: where a smaller share of the voxels differs from the least value, as of a small brain in a large field of
+            view, the percentile is that of the box around them.
     """
 
-    def __init__(self, keys: KeysCollection, upper: float = 99.5) -> None:
+    def __init__(self, keys: KeysCollection, upper: float = 99.5, least_share: float = 0.05) -> None:
         super().__init__(keys)
-        self.scale = ScaleIntensityRangePercentiles(lower=0, upper=upper, b_min=0, b_max=1, clip=True)
+        self.upper, self.least_share = upper, least_share
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Scale in float32."""
@@ -126,6 +129,13 @@ class ScaleModalitiesd(MapTransform):
             for channel in channels:
                 # MONAI's transform warns of a division by zero where all values are the same
                 if channel.min() < channel.max():
-                    channel.copy_(self.scale(channel))
+                    channel.copy_(self._scaled(channel))
             d[key] = image
         return d
+
+    def _scaled(self, channel: torch.Tensor) -> torch.Tensor:
+        filled, part = channel > channel.min(), channel
+        if float(filled.float().mean()) < self.least_share:
+            part = channel[tuple(slice(int(i.min()), int(i.max()) + 1) for i in filled.nonzero(as_tuple=True))]
+        scale = ScaleIntensityRange(float(channel.min()), float(percentile(part, self.upper)), 0.0, 1.0, clip=True)
+        return torch.as_tensor(scale(channel))

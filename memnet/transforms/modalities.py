@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +24,8 @@ from memnet.workflow.scans import tell_modality, volumes_of
 
 __all__ = ["LoadModalitiesd", "RandDropModalityd", "RandNoiseModalitiesd"]
 
+logger = logging.getLogger("memnet")
+
 MODALITIES = ("T1", "T2")
 
 
@@ -37,8 +41,8 @@ class LoadModalitiesd(MapTransform):
             that reads the files itself, the image ``(D, H, W)`` or ``(C, D, H, W)`` in memory, its affine in a MetaTensor.
         modalities: the channels' names, in order.
         name_key: an entry that gives the output's name where file names would collide; optional in the data.
-        lone: which modality a file is that comes alone; if ``None`` the one its name tells, see
-            :func:`memnet.workflow.scans.tell_modality`.
+        lone: which modality a file is that comes alone and whose name does not tell, see
+            :func:`memnet.workflow.scans.tell_modality`; such a file is refused if ``None``.
         resample: resample modalities of other grids by the affines, trilinearly, rather than refuse them; of smaller voxels
             smoothed, see :func:`memnet.transforms.grids.smoothed`.
         strip_background: shift each modality so that its constant background is 0 and nothing is less, see
@@ -105,7 +109,7 @@ class LoadModalitiesd(MapTransform):
 
     def _place(self, volume: MetaTensor | None, name: Any) -> list[MetaTensor | None]:
         """Put a modality that comes alone in its place."""
-        lone = self.lone or tell_modality(name, self.modalities)
+        lone = tell_modality(name, self.modalities) or self.lone
         if lone is None:
             names = ", ".join(self.modalities)
             raise ValueError(f"{name}: which of {names} is it? Give --modality, or a list of {len(self.modalities)}")
@@ -126,7 +130,9 @@ class LoadModalitiesd(MapTransform):
             shifted = cast(MetaTensor, zero_background(volume)) if self.strip_background else volume
             image[channel] = _onto_grid(shifted, first)[0]
         meta = {k: v for k, v in first.meta.items() if k != "affine"}
-        names = [split_uid(v.meta["filename_or_obj"])[0].name for v in volumes.values()]
+        if meta.get("space_code") == 0:
+            _warn_of_guessed_orientation(str(meta["filename_or_obj"]))
+        names = [_file_name(v.meta["filename_or_obj"]) for v in volumes.values()]
         meta["beside"] = ", ".join(sorted({*names} - {names[0]}))
         shown = volumes.get(self.modalities.index(self.shown)) if self.shown else None
         if shown is not None and same_grid(grid_of(shown), grid_of(first)):
@@ -183,6 +189,20 @@ class RandNoiseModalitiesd(RandGaussianNoised):
                 d[key] = d[key].clone()
                 d[key][channels] = 0
         return d
+
+
+@cache
+def _warn_of_guessed_orientation(path: str) -> None:
+    logger.warning(
+        "%s: its header tells no orientation (sform_code and qform_code are 0); left and right, front and back are a guess",
+        path,
+    )
+
+
+def _file_name(path: Any) -> str:
+    """Return the name of a file, or of a folder of DICOM and which of its series was read."""
+    file, uid = split_uid(path)
+    return f"{file.name}:{uid}" if uid and file.is_dir() else file.name
 
 
 def _onto_grid(volume: MetaTensor, reference: MetaTensor) -> torch.Tensor:

@@ -36,14 +36,18 @@ def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
         constant: take a volume whose voxels are all the same, such as the label map of a healthy brain.
 
     Returns:
-        ``(1, D, H, W)`` float32 with the file's affine (mm, RAS+).
+        ``(1, D, H, W)`` float32 with the file's affine (mm, RAS+); of a NIfTI file the metadata's ``space_code`` is its code of
+        the space that the affine is of, 0 where the file tells no orientation and the affine is nibabel's guess.
 
     Raises:
         ValueError: naming the file, if it is missing, no such image, cut short, not 3D, not finite, or constant.
     """
-    return check_volume(
-        path, *(_read_dicom(path) if Path(path).is_dir() or holds_dicom(path) else _read_nifti(path)), constant
-    )
+    is_dicom = Path(path).is_dir() or holds_dicom(path)
+    values, affine, space_code = _read_dicom(path) if is_dicom else _read_nifti(path)
+    volume = check_volume(path, values, affine, constant)
+    if space_code is not None:
+        volume.meta["space_code"] = space_code
+    return volume
 
 
 def check_volume(path: str | Path, values: np.ndarray, affine: np.ndarray, constant: bool = False) -> MetaTensor:
@@ -85,12 +89,12 @@ def check_volume(path: str | Path, values: np.ndarray, affine: np.ndarray, const
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(values))[None], affine=torch.from_numpy(affine), meta=meta)
 
 
-def _read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray, None]:
     stack = read_stack(path)
-    return read_pixels(stack), stack.affine
+    return read_pixels(stack), stack.affine, None
 
 
-def _read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, int | None]:
     file, volume = split_uid(path)
     if not file.is_file():
         raise ValueError(f"{path}: no such file")
@@ -115,7 +119,10 @@ def _read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         values = np.asarray(part, dtype=np.float32).reshape(shape[:3])
     except (OSError, EOFError, zlib.error, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: cannot be read, cut short or damaged ({_first_line(error)})") from error
-    return values, np.asarray(image.affine, dtype=np.float64)
+    header, space_code = image.header, None
+    if isinstance(header, nib.Nifti1Header):
+        space_code = int(header["sform_code"]) or int(header["qform_code"])
+    return values, np.asarray(image.affine, dtype=np.float64), space_code
 
 
 def require_real_numbers(image: SpatialImage) -> None:

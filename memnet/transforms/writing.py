@@ -23,7 +23,12 @@ logger = logging.getLogger("memnet")
 
 
 class AtomicNibabelWriter(NibabelWriter):
-    """MONAI's NIfTI writer, writing beside the target first and renaming; sform and qform both hold the affine."""
+    """MONAI's NIfTI writer, writing beside the target first and renaming; sform and qform both hold the affine.
+
+    Their code is the metadata's ``space_code``, see :func:`memnet.transforms.volumes.read_volume`, or else 1, a scanner's space.
+    """
+
+    space_code = 1
 
     def write(self, filename: PathLike, verbose: bool = False, **kwargs: Any) -> None:
         """Write the label map.
@@ -37,27 +42,36 @@ class AtomicNibabelWriter(NibabelWriter):
             NotWrittenError: the disk is full, or the folder is read-only.
         """
         with whole_file(Path(filename)) as partial:
-            super().write(partial, verbose=verbose, **kwargs)
+            if verbose:
+                logger.info("writing %s", filename)
+            # past MONAI's own, which sets the codes to 1
+            nib.save(
+                self.create_backend_obj(
+                    self.data_obj, affine=self.affine, dtype=self.output_dtype, space_code=self.space_code, **kwargs
+                ),
+                partial,
+            )
 
     def set_metadata(self, meta_dict: Mapping[str, Any] | None, resample: bool = False, **options: Any) -> None:
         """Take the affine as it is; MONAI's writer resamples even where it is told not to, and fails on permuted axes."""
         if resample or meta_dict is None:
             super().set_metadata(meta_dict, resample=resample, **options)
             return
+        self.space_code = int(meta_dict.get("space_code", 1))
         self.affine = np.asarray(meta_dict["affine"], dtype=np.float64)
         self.data_obj = np.asarray(self.data_obj)
 
     @classmethod
     def create_backend_obj(
-        cls, data_array: Any, affine: Any = None, dtype: Any = None, **kwargs: Any
+        cls, data_array: Any, affine: Any = None, dtype: Any = None, space_code: int = 1, **kwargs: Any
     ) -> nib.nifti1.Nifti1Image:
         """Make the image; programs that read the qform alone find the affine there, too."""
         data_array = np.reshape(
             data_array, (*np.shape(data_array), *[1] * (3 - np.ndim(data_array)))
         )  # of one slice, too
         image = super().create_backend_obj(data_array, affine=affine, dtype=dtype, **kwargs)
-        image.set_sform(image.affine, code=1)
-        image.set_qform(np.asarray(image.affine, dtype=np.float64), code=1, strip_shears=True)
+        image.set_qform(np.asarray(image.affine, dtype=np.float64), code=space_code, strip_shears=True)
+        image.set_sform(np.asarray(image.affine, dtype=np.float64), code=space_code)
         image.header.set_xyzt_units("mm")
         return image
 

@@ -107,7 +107,9 @@ def overlay_figure(scan: str | Path, labels: str | Path, legend: Legend) -> Any:
             # canonical axes grow to the right, to the front and up
             mark_sides(axes, ends[1], ends[0])
     volumes = label_volumes(values, affine, {name: of_class for name, (of_class, _) in legend.classes.items()})
-    handles = [Patch(color=c, label=f"{name}   {volumes[name]:.0f} ml") for name, (_, c) in legend.classes.items()]
+    handles = [
+        Patch(color=c, label=f"{name}   {_millilitres(volumes[name])}") for name, (_, c) in legend.classes.items()
+    ]
     figure.legend(
         handles=handles,
         loc="lower center",
@@ -119,6 +121,10 @@ def overlay_figure(scan: str | Path, labels: str | Path, legend: Legend) -> Any:
     )
     figure.suptitle(split_uid(scan)[0].name, color="#b8c0cc", fontsize=11, x=0.012, y=0.985, ha="left")
     return figure
+
+
+def _millilitres(volume: float) -> str:
+    return f"{volume:.0f} ml" if volume >= 9.5 or volume == 0 else f"{volume:.2g} ml"
 
 
 def mark_sides(axes: Any, left: str, right: str, fontsize: int = 12) -> None:

@@ -17,7 +17,7 @@ from memnet.diffusion.tensors import fractional_anisotropy
 from memnet.workflow.legends import LEGENDS
 from memnet.workflow.metrics import label_volumes
 from memnet.workflow.overlay import mark_sides, overlay_figure, write_png
-from memnet.workflow.reporting import class_map, first_filled
+from memnet.workflow.reporting import class_map, first_filled, shown_plane
 
 __all__ = ["ComparisonPanel", "ImagePanel", "LabelPanel", "ReportedCase", "TensorPanel"]
 
@@ -137,7 +137,7 @@ class TensorPanel:
 
 
 class ComparisonPanel:
-    """The middle planes of a prediction and of what it is compared with.
+    """A plane of a prediction and of what it is compared with: through the labels, see :func:`shown_plane`.
 
     Args:
         entries: titles and the entries ``(C, D, H, W)`` that they name. Of images the first channel is shown, of one-hot
@@ -179,7 +179,8 @@ class ComparisonPanel:
             ends = [("", "")] * 3 if affine is None else _ends(affine)
             if self.movie:
                 sides, ends = [1.0, *sides[:2]], [("", ""), *ends[:2]]
-            planes = [self._plane(x, inside) for x in entries]
+            place = shown_plane(entries, self.axis)
+            planes = [self._plane(x, inside, place) for x in entries]
             images = [plane for plane in planes if not np.issubdtype(plane.dtype, np.integer)]
             white = 0.8 if self.tensors else float(np.percentile(images[-1], 99.5)) if images else 1.0
             right, up = (axis for axis in range(3) if axis != self.axis - 1)
@@ -195,11 +196,11 @@ class ComparisonPanel:
             found.shows = ("FA: " if self.tensors else "") + ", ".join(shown)
         return found
 
-    def _plane(self, volume: Any, inside: torch.Tensor | None) -> np.ndarray:
+    def _plane(self, volume: Any, inside: torch.Tensor | None, place: int) -> np.ndarray:
         values = torch.as_tensor(volume).detach().float().cpu()
         if inside is not None:
             values = values * inside.cpu()
-        middle = values.select(self.axis, values.shape[self.axis] // 2)
+        middle = values.select(self.axis, place)
         if self.tensors:
             plane = fractional_anisotropy(np.moveaxis(middle[:6].numpy(), 0, -1))
         elif (classes := class_map(middle)[0]) is not None:
@@ -221,7 +222,8 @@ def _ends(affine: np.ndarray) -> list[tuple[str, str]]:
 
 
 def _source(meta: Mapping[str, Any]) -> str:
-    return str(split_uid(meta["filename_or_obj"])[0])
+    path, uid = split_uid(meta["filename_or_obj"])
+    return f"{path}:{uid}" if uid and path.is_dir() else str(path)  # which series of a study
 
 
 def _size(image: Any) -> dict[str, str | float]:

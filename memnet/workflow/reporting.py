@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,16 @@ from memnet.workflow.legends import LEGENDS
 from memnet.workflow.metrics import label_volumes
 from memnet.workflow.overlay import draw_overlay
 
-__all__ = ["ImageReport", "LabelReport", "TrainingProgress", "class_map", "first_filled", "image_meta", "middle_planes"]
+__all__ = [
+    "ImageReport",
+    "LabelReport",
+    "TrainingProgress",
+    "class_map",
+    "first_filled",
+    "image_meta",
+    "middle_planes",
+    "shown_plane",
+]
 
 logger = logging.getLogger("memnet")
 
@@ -148,8 +157,29 @@ def image_meta(data: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [case["image"].meta for case in data]
 
 
+def shown_plane(volumes: Iterable[Any], axis: int = -1) -> int:
+    """Return the plane to show of volumes on one grid: where half of what the first of them labels lies on either side.
+
+    Args:
+        volumes: ``(C, D, H, W)`` each; those that are no one-hot masks or nested regions, or empty ones, label nothing.
+        axis: the dimension across which the planes lie.
+
+    Returns:
+        The plane's place, the middle one where nothing is labelled.
+    """
+    size = 1
+    for volume in volumes:
+        channels = torch.as_tensor(volume).detach()
+        size = channels.shape[axis]
+        classes = class_map(channels)[0]
+        if classes is not None and bool(classes.any()):
+            profile = (classes > 0).movedim(axis if axis < 0 else axis - 1, 0).flatten(1).sum(1).cumsum(0)
+            return int((2 * profile >= profile[-1]).nonzero()[0])
+    return size // 2
+
+
 def middle_planes(*keys: str) -> Callable[[Sequence[dict[str, Any]]], Any]:
-    """Return a transform that takes the middle axial plane of volumes, for TensorBoard.
+    """Return a transform that takes an axial plane of volumes, for TensorBoard: through ``label``, see :func:`shown_plane`.
 
     Args:
         keys: entries ``(C, D, H, W)``; of an image the first channel that is not empty is shown, of one-hot classes the
@@ -159,16 +189,16 @@ def middle_planes(*keys: str) -> Callable[[Sequence[dict[str, Any]]], Any]:
         A function of decollated data to a list of ``(1, H, D)`` planes, or a tuple of such lists for several keys.
     """
 
-    def plane(volume: torch.Tensor) -> torch.Tensor:
-        volume = torch.as_tensor(volume).detach().float()
-        middle = volume[..., volume.shape[-1] // 2]
+    def plane(volume: torch.Tensor, place: int) -> torch.Tensor:
+        middle = torch.as_tensor(volume).detach()[..., place].float()
         classes, largest = class_map(middle)
         shown = first_filled(middle) if classes is None else classes / largest
         # x to the right, anterior up
         return shown.T.flip(0)[None].cpu()
 
     def planes(data: Sequence[dict[str, Any]]) -> Any:
-        shown = tuple([plane(case[key]) for case in data] for key in keys)
+        places = [shown_plane([case.get("label", case[keys[0]])]) for case in data]
+        shown = tuple([plane(case[key], place) for case, place in zip(data, places, strict=True)] for key in keys)
         return shown if len(keys) > 1 else shown[0]
 
     return planes

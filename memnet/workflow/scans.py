@@ -21,9 +21,9 @@ __all__ = ["find_scans", "list_scans", "tell_modality", "volumes_of"]
 
 logger = logging.getLogger("memnet")
 
-# Words of file names that tell a modality: sub-01_T1w.nii.gz, subject-3-T2.hdr, BraTS-GLI-00000-000-t2f. The first counts, but a
-# T2 with FLAIR in its name is a FLAIR, and a T1 with a contrast agent in its name a T1c, wherever that stands: T2_AX_FLAIR,
-# sub-01_ce-gadolinium_run-1_T1w (BIDS), T1_MPRAGE_post.
+# Words of file names that tell a modality: sub-01_T1w.nii.gz, subject-3-T2.hdr, BraTS-GLI-00000-000-t2f. The first counts, of a
+# BIDS name the last, but a T2 with FLAIR in its name is a FLAIR, and a T1 with a contrast agent in its name a T1c, wherever that
+# stands: T2_AX_FLAIR, sub-01_ce-gadolinium_run-1_T1w (BIDS), T1_MPRAGE_post.
 _WORDS = {
     "FLAIR": re.compile(r"FLAIR|T2W?FLAIR|T2F"),
     "T1c": re.compile(r"T1W?(?:C|CE|GD|GAD|POST)"),
@@ -33,9 +33,15 @@ _WORDS = {
 _AGENT = re.compile(r"(?:POST)?(?:GD|GAD|GADO|GADOLINIUM|CONTRAST)")
 _AGENT_BEHIND_T1 = re.compile(r"CE|KM|POST")
 _NONE_OF_IT, _POST_SOMETHING_ELSE = {"PRE", "NON", "NO", "WITHOUT"}, {"OP", "SURGERY", "TREATMENT", "RT"}
-_SEPARATORS = re.compile(r"[-_.+ ()]+")
+_WORD = re.compile(r"[^-_.+ ()]+")
+# BIDS: a name of entities with values, of which those of a session (ses-T1) or a space (space-T1w) say nothing of the modality
+_BIDS = re.compile(r"sub-[^-_]+(_[A-Za-z]+-[^-_]+)*_[A-Za-z0-9]+")
+_OTHER_ENTITIES = re.compile(r"(?<![^_])(?:sub|ses|space|from|to|desc|label|atlas|task|run)-[^-_]*", re.IGNORECASE)
 # files that lie beside the scans but are not scans
-_NOT_A_SCAN = re.compile(r"[-_.](labels?|segm?|segmentation|classified|mask|tissue|tumor)$", re.IGNORECASE)
+_NOT_A_SCAN = re.compile(
+    r"[-_.](labels?|d?segm?|segmentation|classified|(brain)?mask|tissue|tumor|probseg|aseg|aparc\S*|roi)$",
+    re.IGNORECASE,
+)
 _DEPTH = 3  # folders down
 
 Files = str | Path | Sequence[str | Path] | None
@@ -184,17 +190,20 @@ def _row(image: str | Path | Sequence[Any], names: list[str], modality: str | No
 
 def _split_name(stem: str) -> tuple[str | None, str]:
     """Return the modality that a file's name tells, and what of the name is left to tell the subject."""
-    words = _SEPARATORS.split(stem.upper())
+    found, silent = list(_WORD.finditer(stem)), [match.span() for match in _OTHER_ENTITIES.finditer(stem)]
+    words = ["" if any(a <= word.start() < b for a, b in silent) else word[0].upper() for word in found]
     told = [next((name for name, pattern in _WORDS.items() if pattern.fullmatch(word)), None) for word in words]
     first = next((i for i, name in enumerate(told) if name), None)
     if first is None:
         return None, stem
+    if told[-1] and _BIDS.fullmatch(stem):
+        first = len(words) - 1
     name, used = told[first], {first}
     if name == "T2" and "FLAIR" in told:
         name, used = "FLAIR", {first, told.index("FLAIR")}
     elif name == "T1" and (agents := _agents(words, first)):
         name, used = "T1c", {first, *agents}
-    return name, "_".join(word for i, word in enumerate(_SEPARATORS.split(stem)) if i not in used)
+    return name, "_".join(word[0] for i, word in enumerate(found) if i not in used)
 
 
 def _agents(words: list[str], t1: int) -> set[int]:

@@ -43,11 +43,15 @@ def labels() -> np.ndarray:
     return np.random.default_rng(1).choice(4, (8, 7, 6), p=[0.7, 0.1, 0.1, 0.1]).astype(np.uint8)
 
 
-@pytest.fixture(params=["classic", "enhanced"])
+@pytest.fixture(params=["classic", "enhanced", "enhanced, a file each"])
 def scan(request: pytest.FixtureRequest, labels: np.ndarray, tmp_path: Path) -> Path:
     values = labels.astype(np.int16) * 100
     if request.param == "classic":
         return write_series(tmp_path / "scan", values, OBLIQUE)
+    if request.param == "enhanced, a file each":
+        for k in (3, 0, 5, 1, 4, 2):
+            write_enhanced(tmp_path / "scan" / f"{k}.dcm", values, OBLIQUE, order=[k])
+        return tmp_path / "scan"
     return write_enhanced(tmp_path / "scan" / "e.dcm", values, OBLIQUE, order=[3, 0, 5, 1, 4, 2])
 
 

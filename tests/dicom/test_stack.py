@@ -298,6 +298,26 @@ def test_damaged_bytes_are_a_volume_or_a_reason(seed: int, values: np.ndarray, t
         file.write_bytes(whole)
 
 
+def test_files_without_a_preamble_are_read(values: np.ndarray, tmp_path: Path) -> None:
+    """As old archives give them out."""
+    folder = write_series(tmp_path / "scan", values)
+    for file in folder.iterdir():
+        ds = pydicom.dcmread(file)
+        if file.name.endswith(("0.dcm", "2.dcm")):
+            del ds.file_meta.TransferSyntaxUID  # without the group that says how it is written, too
+            pydicom.dcmwrite(file, pydicom.Dataset(ds), implicit_vr=True, little_endian=True, enforce_file_format=False)
+        else:
+            file.write_bytes(file.read_bytes()[132:])
+        assert file.read_bytes()[128:132] != b"DICM"
+    np.testing.assert_array_equal(read_volume(folder)[0].numpy(), values)
+
+
+def test_one_file_of_a_series_asks_for_its_folder(values: np.ndarray, tmp_path: Path) -> None:
+    file = next(write_series(tmp_path / "scan", values).iterdir())
+    with pytest.raises(ValueError, match="give the folder of its series"):
+        read_volume(file)
+
+
 def test_a_classic_file_may_say_that_it_has_one_frame(values: np.ndarray, tmp_path: Path) -> None:
     def one(ds: Dataset) -> None:
         ds.NumberOfFrames = 1

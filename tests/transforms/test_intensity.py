@@ -3,6 +3,7 @@
 import pytest
 import torch
 from monai.data import MetaTensor
+from torch.nn import functional
 
 from memnet.transforms.intensity import ScaleBraind, ScaleModalitiesd, scale_brain, zero_background
 
@@ -46,6 +47,16 @@ def test_missing_channel_stays_empty_and_noise_is_no_background(brain):
     assert (image[1] == 0).all() and (image[0] > 0).any()
     noise = torch.randn(1, 8, 8, 8)
     assert (zero_background(noise) == noise - noise.min()).all()
+
+
+@pytest.mark.parametrize("margin", [2, 20, 60])
+def test_scaling_of_a_small_brain_in_a_large_field_of_view(margin: int, recwarn: pytest.WarningsRecorder) -> None:
+    """Its values were a hundred times too large, and a warning of a division by zero went with them."""
+    brain = torch.rand(1, 20, 20, 20) + 0.5
+    image = functional.pad(brain, [margin] * 6)
+    scaled = ScaleModalitiesd("image")({"image": image})["image"]
+    assert scaled.min() >= 0 and scaled.max() == 1 and not recwarn.list
+    assert scaled[scaled > 0].median() == pytest.approx(1 / 1.5, abs=0.06)
 
 
 def test_scaling_fills_the_unit_range_and_leaves_a_missing_channel(recwarn: pytest.WarningsRecorder) -> None:

@@ -51,6 +51,14 @@ def test_the_files_that_were_joined_are_named(write_nifti: Callable[..., Path]) 
     assert Path(joined["filename_or_obj"]).name == "t1.nii" and joined["beside"] == "t2.nii" and alone["beside"] == ""
 
 
+def test_a_name_comes_before_what_a_lone_file_is_else(write_nifti: Callable[..., Path]) -> None:
+    """In training a T2 was taken for a T1 where inference took it for what its name tells."""
+    values = np.random.default_rng(0).random((6, 6, 6), dtype=np.float32)
+    for name, channel in (("a_T2w.nii", 1), ("a_T1w.nii", 0), ("a.nii", 0)):
+        image = LoadModalitiesd("image")({"image": str(write_nifti(name, values))})["image"]
+        assert [bool(part.any()) for part in image] == [channel == 0, channel == 1]
+
+
 def test_smaller_voxels_of_a_second_modality_are_averaged(write_nifti: Callable[..., Path]) -> None:
     """Of 0.5 mm in the plane, turned: three of four were left out, and the noise stayed as it was."""
     noise = 100 + np.random.default_rng(0).normal(0, 10, (8, 48, 48)).astype(np.float32)

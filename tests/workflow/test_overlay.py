@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from memnet.workflow.legends import LEGENDS, Legend
 from memnet.workflow.metrics import label_volumes
-from memnet.workflow.overlay import draw_overlay
+from memnet.workflow.overlay import draw_overlay, overlay_figure
 from memnet.workflow.reporting import middle_planes
 
 TISSUE = LEGENDS["tissue"]
@@ -79,11 +79,26 @@ def test_nothing_labelled_is_drawn_as_well(legend: Legend, write_nifti: Callable
 
 
 def test_planes_for_tensorboard() -> None:
-    case = {"image": torch.stack([torch.zeros(4, 6, 8), torch.rand(4, 6, 8)]), "pred": torch.eye(4).reshape(4, 4, 1, 1)}
+    case = {"image": torch.stack([torch.zeros(4, 6, 8), torch.rand(4, 6, 8)]), "pred": torch.eye(4)[..., None, None]}
+    case["pred"] = case["pred"].expand(4, 4, 1, 8)
     images, predictions = middle_planes("image", "pred")([case])
     assert images[0].shape == (1, 6, 4) and images[0].any()
     assert predictions[0].flatten().tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
     nested = torch.tensor([1.0, 1, 0]).reshape(3, 1, 1, 1)
     assert middle_planes("pred")([{"pred": nested}])[0].item() == pytest.approx(2 / 3)
+    tumour = torch.zeros(3, 4, 6, 8)
+    tumour[:2, 1, 2, 1:4] = 1
+    case = {"image": torch.rand(2, 4, 6, 8), "label": tumour, "pred": torch.zeros(3, 4, 6, 8)}
+    images, labels = middle_planes("image", "label")([case])
+    assert torch.equal(images[0][0], case["image"][0, ..., 2].T.flip(0)) and labels[0].sum() == pytest.approx(2 / 3)
     four = torch.stack([torch.zeros(4, 6, 8), *torch.rand(3, 4, 6, 8)])
     assert torch.equal(middle_planes("image")([{"image": four}])[0][0], four[1, ..., 4].T.flip(0))
+
+
+def test_small_volumes_are_not_called_none(write_nifti: Callable[..., Path], tmp_path: Path) -> None:
+    """A lesion of half a millilitre was "0 ml"."""
+    t1, values = phantom()[0], np.zeros(phantom()[0].shape, np.uint8)
+    values.flat[:448] = 2  # voxels of 1 mm
+    figure = overlay_figure(write_nifti("t1.nii", t1), write_nifti("l.nii", values), LEGENDS["tumor"])
+    told = [text.get_text().split("   ") for text in figure.legends[0].get_texts()]
+    assert ["oedema", "0.45 ml"] in told and [volume for _, volume in told].count("0 ml") == 2
