@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -23,11 +24,12 @@ from torch import distributed
 
 from memnet.whole_files import NotWrittenError
 from memnet.workflow.allocation import keep_freed_memory
-from memnet.workflow.checkpoints import resumable
+from memnet.workflow.checkpoints import resumable, written
 from memnet.workflow.out_of_memory import is_out_of_memory, what_fits
 from memnet.workflow.processes import rank
 from memnet.workflow.settings import (
     build_without_memory,
+    check_launcher,
     check_output_folder,
     check_overrides,
     check_values,
@@ -37,6 +39,8 @@ from memnet.workflow.settings import (
 
 __all__ = ["bundle_root", "end", "hide_warnings_of_monai", "input_error", "rank", "refused_input", "start"]
 
+_INTERRUPTED = 130  # a shell's code for Ctrl-C
+_PATIENCE = 5  # with what is to be done at exit, s
 _PACKAGE = str(Path(__file__).parent)
 # what a system says of its disks and folders, of which no program is to blame
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -62,7 +66,9 @@ def start() -> str:
         hide_warnings_of_monai()
     workflow = _calling_workflow()
     if workflow is not None:
-        check_overrides(workflow)
+        if _is_command():
+            check_launcher(workflow)
+        check_overrides(workflow, _is_command())
         read_words(workflow)
         check_values(workflow)
         if _is_command() and "output_dir" in workflow.parser:
@@ -84,11 +90,7 @@ def end() -> None:
     distributed.barrier()
     distributed.destroy_process_group()
     if _is_command():
-        atexit._run_exitfuncs()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        _exit_at_once(0)
 
 
 def bundle_root() -> str:
@@ -207,6 +209,7 @@ def _check_network(workflow: ConfigWorkflow) -> None:
 def _print_input_error(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         print(f"interrupted{_how_to_go_on(where)}", file=sys.stderr)
+        _exit_at_once(_INTERRUPTED)
         return
     found = input_error(error)
     if found is None:
@@ -236,7 +239,18 @@ def _how_to_go_on(where: TracebackType | None) -> str:
         last = resumable(workflow.parser.get_parsed_content("output_dir"))
     except ValueError:
         return ""
-    return f"; the same command with --resume true goes on from {last}"
+    return f"; the same command with --resume true goes on from {last}" if last.resolve() in written else ""
+
+
+def _exit_at_once(code: int) -> None:
+    """End the process without taking the interpreter down, which threads at work in libraries do not survive."""
+    at_exit = threading.Thread(target=atexit._run_exitfuncs, daemon=True)  # such as files of events to be completed
+    at_exit.start()
+    at_exit.join(_PATIENCE)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _workflow_in(where: TracebackType | None) -> ConfigWorkflow | None:

@@ -10,7 +10,7 @@ __all__ = ["read_override", "write_override"]
 
 
 def read_override(text: str) -> tuple[str, Any]:
-    """Take ``ID=VALUE`` apart; the value is JSON, or else the word that it is.
+    """Take ``ID=VALUE`` apart; the value is JSON, or else the word that it is; ``True`` and ``None`` are JSON's, too.
 
     Raises:
         ValueError: it has no ``=``.
@@ -19,9 +19,9 @@ def read_override(text: str) -> tuple[str, Any]:
     if not equals:
         raise ValueError(f"{text!r} is no override; write ID=VALUE")
     try:
-        return key, json.loads(value)
+        return key, json.loads(value.lower() if value.lower() in ("true", "false", "null") else value)
     except json.JSONDecodeError:
-        return key, value
+        return key, None if value.lower() == "none" else value
 
 
 def write_override(key: str, value: Any) -> str:

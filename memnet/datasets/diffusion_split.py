@@ -9,11 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from ignite.engine import Engine, Events
+
 from memnet.datasets.cases import Case
 from memnet.datasets.diffusion_files import source_of
 from memnet.whole_files import whole_file
+from memnet.workflow.processes import rank
 
-__all__ = ["SECTIONS", "SPLIT_FILE", "Split", "by_patient", "keep_split", "split_subjects", "tell_seen", "tell_shared"]
+__all__ = [
+    "SECTIONS",
+    "SPLIT_FILE",
+    "Split",
+    "SplitKeeper",
+    "by_patient",
+    "require_split",
+    "split_subjects",
+    "tell_seen",
+    "tell_shared",
+]
 
 logger = logging.getLogger("memnet")
 
@@ -56,12 +69,12 @@ def split_subjects(
     return {"training": sum(training, []), "validation": sum(validation, []), "test": sum(test, [])}
 
 
-def keep_split(cases: Split, file: str | Path, resume: bool = False) -> Split:
-    """Write down which subjects a training has, for :func:`tell_seen`, and see that it goes on with the same.
+def require_split(cases: Split, file: str | Path, resume: bool = False) -> Split:
+    """See that a training that goes on has the subjects that it began with, see :class:`SplitKeeper`.
 
     Args:
         cases: see :func:`memnet.datasets.diffusion.find_tensor_cases`.
-        file: JSON, beside the weights: for each section the subjects' names, which may have moved when it goes on, and files.
+        file: what the training has written down.
         resume: whether a training goes on.
 
     Returns:
@@ -70,12 +83,9 @@ def keep_split(cases: Split, file: str | Path, resume: bool = False) -> Split:
     Raises:
         ValueError: the training that goes on had other subjects.
     """
-    file = Path(file)
-    series = {s: {case["subject"]: source_of(case["tensor_high"]) for case in cases[s]} for s in SECTIONS}
-    if not any(series.values()):
-        return cases
-    if resume and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+    file, series = Path(file), _series(cases)
+    if resume and any(series.values()) and file.is_file():
+        before = _read(file)
         for section in SECTIONS[:2]:
             changed = sorted(set(before[section]) ^ set(series[section]))
             if changed:
@@ -83,14 +93,53 @@ def keep_split(cases: Split, file: str | Path, resume: bool = False) -> Split:
                     f"{file}: the training to resume had other subjects for {section} (of {len(changed)}, {changed[0]} is in "
                     "one of both alone); give the data set and the split that it began with"
                 )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as partial:
-        partial.write_text(json.dumps(series, indent=1), encoding="utf-8")
     return cases
 
 
+class SplitKeeper:
+    """Handler that writes down which subjects a training has, for :func:`tell_seen`.
+
+    To be attached after the one that claims the folder, :class:`memnet.workflow.checkpoints.TrainingCheckpoint`; the file of an
+    earlier training is kept as ``*.previous.json``, beside its weights.
+
+    Args:
+        cases: see :func:`memnet.datasets.diffusion.find_tensor_cases`.
+        file: JSON, beside the weights: for each section the subjects' names, which may have moved when it goes on, and files.
+        resume: whether the training goes on.
+    """
+
+    def __init__(self, cases: Split, file: str | Path, resume: bool = False) -> None:
+        self.cases, self.file, self.resume = cases, Path(file), resume
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write."""
+        series = _series(self.cases)
+        if rank() != 0 or not any(series.values()):
+            return
+        if self.file.exists() and not self.resume:
+            self.file.replace(self.file.with_suffix(".previous.json"))
+        with whole_file(self.file) as partial:
+            partial.write_text(json.dumps(series, indent=1), encoding="utf-8")
+
+
+def _series(cases: Split) -> dict[str, dict[str, str]]:
+    return {s: {case["subject"]: source_of(case["tensor_high"]) for case in cases[s]} for s in SECTIONS}
+
+
+def _read(file: Path) -> dict[str, dict[str, str]]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {section: dict(found[section]) for section in SECTIONS}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: is no split that a training has written, or damaged; remove it") from error
+
+
 def tell_seen(cases: Split, section: str, weights: str | Path) -> Split:
-    """Warn where series to be scored are among those that weights were trained or chosen with, see :func:`keep_split`.
+    """Warn where series to be scored are among those that weights were trained or chosen with, see :class:`SplitKeeper`.
 
     Args:
         cases: see :func:`memnet.datasets.diffusion.find_tensor_cases`.
@@ -101,8 +150,9 @@ def tell_seen(cases: Split, section: str, weights: str | Path) -> Split:
         ``cases``.
     """
     file = Path(weights).parent / SPLIT_FILE
+    file = file.with_suffix(".previous.json") if Path(weights).stem.endswith(".previous") else file
     if section == "test" and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = _read(file)
         seen = {*before["training"].values(), *before["validation"].values()}
         found = [source for case in cases["test"] if (source := source_of(case["tensor_high"])) in seen]
         if found:

@@ -85,9 +85,16 @@ def find_reconstruction_cases(
     if subset == "all":
         training, validation = [], cases
     elif len({case["patient"] for case in cases}) == 1 and len(cases) > 1:
-        logger.warning("%s: one subject; its last slices are kept for validation", cases[0]["image"])
-        last = max(1, len(cases) // n_folds)
-        training, validation = cases[:-last], cases[-last:]
+        n_blocks = min(n_folds, len(cases))
+        if n_blocks < 2 or not -n_blocks <= fold < n_blocks:
+            raise ValueError(
+                f"fold is {fold} of {n_folds} folds; expected a fold from 0 to {n_blocks - 1} of at least 2"
+            )
+        size = len(cases) // n_blocks
+        end = len(cases) - size * (n_blocks - 1 - fold % n_blocks)
+        training, validation = cases[: end - size] + cases[end:], cases[end - size : end]
+        told = f"{validation[0]['slice_index']} to {validation[-1]['slice_index']}"
+        logger.warning("%s: one subject; its slices %s are kept for validation", cases[0]["image"], told)
     else:
         training, validation = split_folds(cases, n_folds, fold)
 

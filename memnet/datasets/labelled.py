@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,8 @@ from memnet.datasets.iseg import find_iseg
 from memnet.dicom import split_uid
 
 __all__ = ["find_evaluation_cases", "find_training_cases"]
+
+logger = logging.getLogger("memnet")
 
 Layout = Literal["iseg", "brats"]
 
@@ -95,8 +98,15 @@ def _labelled_cases(
 ) -> tuple[list[Case], list[Case]]:
     if not datalist:
         return find_iseg(str(dataset_dir)) if layout == "iseg" else find_brats(str(dataset_dir), allow_missing), []
+    if dataset_dir:
+        logger.warning("%s: is not read, since there is a datalist, whose files lie beside it", dataset_dir)
     sections = read_datalist(datalist)
     cases, validation = sections["training"], sections["validation"]
+    shared = {str(case["image"]) for case in cases} & {str(case["image"]) for case in validation}
+    if shared:
+        logger.warning(
+            "%s: %d cases are to train on and to validate with, such as %s", datalist, len(shared), min(shared)
+        )
     for case in [*cases, *validation]:
         if not case.get("label"):
             raise ValueError(f"{datalist}: the case {case['image']} has no label")

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ logger = logging.getLogger("memnet")
 _LAST, _BEST = "model_last.pt", "model_best.pt"
 _LENGTHS = {"T_max", "total_steps", "t_total"}  # of schedulers, epochs or steps
 _claimed: dict[Path, int] = {}
+written: set[Path] = set()
+"""Files from which a training of this process could go on."""
 
 
 def load_weights(network: nn.Module, path: str | Path, key: str = "model", may_miss: Sequence[str] = ()) -> None:
@@ -51,7 +53,8 @@ def fitting_weights(
         A whole ``state_dict``: what the file lacks and may miss is the network's own.
 
     Raises:
-        ValueError: if the file is missing, is no weights file, or does not fit the network, naming what differs.
+        ValueError: if the file is missing, is no weights file, holds values that are not finite, or does not fit the network,
+            naming what differs.
     """
     path = Path(path)
     if not path.is_file():
@@ -63,6 +66,9 @@ def fitting_weights(
     weights = weights.get(key, weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise ValueError(f"{path}: holds no dictionary of tensors")
+    broken = _not_finite(weights)
+    if broken:
+        raise ValueError(f"{path}: holds weights that are NaN or infinite ({broken}), of a training that has diverged")
     if hasattr(network, "spread_weights"):
         weights = network.spread_weights(weights)
     wanted = network.state_dict()
@@ -141,7 +147,8 @@ class TrainingCheckpoint:
 
     Raises:
         ValueError: with ``resume``, if there is nothing to resume, or on starting if it was planned for another number of
-            epochs; on starting, if another process trains in the folder.
+            epochs, another learning rate or other cases to validate with; on starting, if another process trains in the
+            folder; at an epoch's end, if weights are NaN or infinite, which are not saved.
     """
 
     def __init__(
@@ -163,6 +170,7 @@ class TrainingCheckpoint:
         self.random_transforms = random_transforms
         self.resume = resume
         self.seed = seed
+        self._validated: list[str] = []
         if resume:
             resumable(save_dir)
 
@@ -181,6 +189,7 @@ class TrainingCheckpoint:
             _claim(self.last.parent)
             for file in (self.last, self.best):
                 remove_partial_files(file)
+        self._validated = _names_of_cases(self.evaluator)
         if self.resume:
             self._restore(engine)
         elif rank() == 0:
@@ -192,6 +201,7 @@ class TrainingCheckpoint:
     def _restore(self, engine: Engine) -> None:
         load_weights(self.network, self.last)
         state = torch.load(self.last, map_location="cpu", weights_only=True)
+        self._require_same(state)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None:
             planned = self.lr_scheduler.state_dict()
@@ -207,14 +217,42 @@ class TrainingCheckpoint:
         scaler = getattr(engine, "scaler", None)
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-        engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
+        # the engine ends after max_epochs epochs of steps, too, of which there may be others in an epoch now
+        steps = state["epoch"] * (engine.state.epoch_length or 0)
+        if state["iteration"] != steps:
+            logger.warning(
+                "%s: an epoch had %g steps and has %s now (another number of processes, batch size or data); what comes is not "
+                "what an uninterrupted training would give",
+                self.last,
+                state["iteration"] / max(state["epoch"], 1),
+                engine.state.epoch_length,
+            )
+        engine.state.epoch, engine.state.iteration = state["epoch"], steps
         if self.evaluator is not None:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
+        written.add(self.last.resolve())
         done = state["epoch"] >= (engine.state.max_epochs or math.inf)
         logger.info(
             "resumed %s after epoch %d%s", self.last, state["epoch"], ", its last: nothing is left to train" * done
         )
+
+    def _require_same(self, state: dict[str, Any]) -> None:
+        """Refuse to go on with another learning rate or other cases to validate with, which the file's would override."""
+        groups = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False)
+        for before, now in groups:
+            rate = "initial_lr" if "initial_lr" in before else "lr"
+            if rate in now and not math.isclose(before[rate], now[rate]):
+                raise ValueError(
+                    f"{self.last}: its learning rate began at {before[rate]:g}, that of the training to go on with at "
+                    f"{now[rate]:g}; resume it with the same, or begin anew with its weights: --pretrained {self.last}"
+                )
+        changed = sorted(set(state.get("validated", self._validated)) ^ set(self._validated))
+        if changed:
+            raise ValueError(
+                f"{self.last}: the training to resume was validated with other cases (of {len(changed)}, {changed[0]} is in one "
+                "of both alone); give the data and the --fold that it began with"
+            )
 
     def _seed_epoch(self, engine: Engine) -> None:
         # processes of one training draw differently, epochs never share a seed
@@ -224,6 +262,12 @@ class TrainingCheckpoint:
             self.random_transforms.set_random_state(seed=seed)
 
     def _save(self, engine: Engine) -> None:
+        broken = _not_finite(self.network.state_dict())
+        if broken:
+            raise ValueError(
+                f"epoch {engine.state.epoch}: the training has diverged, its weights are NaN or infinite ({broken}); those "
+                "of the epochs before are as they were saved. Give a smaller --learning_rate, or look at the data"
+            )
         if rank() != 0:
             return
         evaluated = self.evaluator.state if self.evaluator is not None else None
@@ -235,12 +279,14 @@ class TrainingCheckpoint:
             "scaler": None if scaler is None else scaler.state_dict(),
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
+            "validated": self._validated,
             "best_metric": None if evaluated is None else float(evaluated.best_metric),
             "best_metric_epoch": None if evaluated is None else int(evaluated.best_metric_epoch),
         }
         if evaluated is not None and evaluated.best_metric_epoch == engine.state.epoch:
             _save(self.network.state_dict(), self.best)
         _save(state, self.last)
+        written.add(self.last.resolve())
 
     def _finish(self, engine: Engine) -> None:
         _release(self.last.parent)
@@ -252,6 +298,23 @@ class TrainingCheckpoint:
             logger.warning(
                 "%s: not written, since no epoch was validated (--val_interval); the last: %s", self.best, self.last
             )
+
+
+def _not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name of the first tensor that is not finite, or ``None``."""
+    return next((name for name, value in weights.items() if not bool(torch.isfinite(value).all())), None)
+
+
+def _names_of_cases(evaluator: Evaluator | None) -> list[str]:
+    """Return the names of the files that an evaluator's cases are of, and their slices; those in memory have none."""
+    data = getattr(getattr(getattr(evaluator, "data_loader", None), "dataset", None), "data", None)
+    names = []
+    for case in data if isinstance(data, Sequence) else []:
+        file = case.get("image", case.get("label")) if isinstance(case, Mapping) else None
+        file = next((f for f in file if f is not None), None) if isinstance(file, (list, tuple)) else file
+        if isinstance(file, (str, Path)):
+            names.append(f"{Path(file).parent.name}/{Path(file).name} {case.get('slice_index', '')}".strip())
+    return names
 
 
 def _save(content: Any, target: Path) -> None:

@@ -16,13 +16,14 @@ from typing import Any, cast
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
-from torch import nn
+from torch import distributed, nn
 
 from memnet.spelling import did_you_mean
 from memnet.workflow.checkpoints import TrainingCheckpoint, WeightsLoader, fitting_weights, resumable
 
 __all__ = [
     "build_without_memory",
+    "check_launcher",
     "check_output_folder",
     "check_overrides",
     "check_values",
@@ -32,6 +33,8 @@ __all__ = [
 
 # ids that MONAI itself adds to a config
 _OF_MONAI = {"_meta_", "tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "tracking"}
+_OF_COMPONENTS = {"_target_", "_disabled_", "_requires_", "_desc_", "_mode_", "_args_"}
+_COUNTERPARTS = {"ckpt_path": "pretrained", "pretrained": "ckpt_path"}  # weights to begin a training with, and to run
 _AT_LEAST_ONE = {"batch_size", "epochs", "patches_per_map", "patches_per_volume", "sw_batch_size", "val_interval"}
 _LOADERS = {f"{handler.__module__}.{handler.__name__}" for handler in (TrainingCheckpoint, WeightsLoader)}
 # settings that name files or folders
@@ -44,7 +47,27 @@ _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
 )
 
 
-def check_overrides(workflow: ConfigWorkflow) -> None:
+def check_launcher(workflow: ConfigWorkflow) -> None:
+    """Refuse several processes with a config for one, which would train apart from each other, and the other way round.
+
+    Raises:
+        ValueError: saying what is missing, the overlay or ``torchrun``.
+    """
+    n_processes = int(os.environ.get("WORLD_SIZE", "0") or 0)
+    joins = "init_process_group" in json.dumps(workflow.parser.get().get(workflow.init_id), default=str)
+    if joins and not n_processes and not distributed.is_initialized():
+        raise ValueError(
+            "multi_gpu_train.json is for several processes: start it by torchrun --standalone --nproc_per_node N -m monai.bundle "
+            "run ..., or leave it out"
+        )
+    if n_processes > 1 and not joins:
+        raise ValueError(
+            f"torchrun has started {n_processes} processes, and this config is for one; for several give "
+            "\"['configs/train.json','configs/multi_gpu_train.json']\" as --config_file"
+        )
+
+
+def check_overrides(workflow: ConfigWorkflow, of_command: bool = False) -> None:
     """Refuse an override whose key exists nowhere or is not read, which MONAI would take without a word.
 
     A key is known if one of the bundle's configs in use has it, which are those with nothing that is missing here, or if the
@@ -52,6 +75,8 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
 
     Args:
         workflow: the workflow with its overrides applied.
+        of_command: refuse a setting, too, that other than in the bundle's configs is of no use to what is to be run, such as
+            ``pretrained`` to an evaluation; hosts set some whether they are of use or not.
 
     Raises:
         ValueError: naming the key and the nearest known one; or what is to be run is not in the config.
@@ -76,6 +101,12 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
         if any(key in content for content in shipped):
             raise ValueError(f"{key!r} is a setting of another config of this bundle, and nothing that this run reads")
         raise _unknown(key, in_use)
+    if of_command:
+        _require_in_use(config, shipped, [str(workflow.run_id), workflow.init_id, workflow.final_id])
+    for path, component in _listed(config):
+        names = _parameters(component["_target_"]) | _OF_COMPONENTS
+        for key in component.keys() - names if "**" not in names else ():
+            raise _unknown("#".join([*path, key]), ("#".join([*path, k]) for k in names - _OF_COMPONENTS))
     for path, section in _sections(config):
         originals = _at(shipped, path)
         if not originals:
@@ -89,6 +120,26 @@ def check_overrides(workflow: ConfigWorkflow) -> None:
             added = not target and isinstance(section[key], dict)
             if key not in names and not added and not (target and "**" in names):
                 raise _unknown("#".join([*path, key]), ("#".join([*path, k]) for k in names))
+
+
+def _require_in_use(config: dict[str, Any], shipped: list[dict[str, Any]], run: list[str]) -> None:
+    """Refuse a value that was given for a setting to which nothing leads from what is run."""
+    used: set[str] = set()
+    to_see = {*run, "imports"}
+    while to_see:
+        key = to_see.pop()
+        used.add(key)
+        to_see |= set(re.findall(r"@(\w+)", json.dumps(config.get(key), default=str))) - used
+    for key in config.keys() - used - _OF_MONAI:
+        known = [_text(content[key]) for content in shipped if key in content]
+        if known and not isinstance(config[key], dict) and _text(config[key]) not in known:
+            other = _COUNTERPARTS.get(key)
+            hint = f"; did you mean --{other}?" if other in used else ""
+            raise ValueError(f"{key!r} is nothing that {run[0]!r} reads{hint}")
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, default=str).replace("::", "#")  # as MONAI writes references once it has parsed them
 
 
 def read_words(workflow: ConfigWorkflow) -> None:
@@ -279,6 +330,16 @@ def _sections(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tu
         if isinstance(value, dict) and key != "_meta_":
             yield (*path, key), value
             yield from _sections(value, (*path, key))
+
+
+def _listed(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Yield the components in lists, such as transforms, and where they are."""
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in items:
+        if isinstance(config, list) and isinstance(value, dict) and isinstance(value.get("_target_"), str):
+            yield (*path, str(key)), value
+        if key != "_meta_":
+            yield from _listed(value, (*path, str(key)))
 
 
 def _handlers(config: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:

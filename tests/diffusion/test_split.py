@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 from diffusion_cases import write_hcp, write_series
+from ignite.engine import Engine
 
 from memnet.datasets.diffusion import find_series, find_tensor_cases
-from memnet.datasets.diffusion_split import SPLIT_FILE, keep_split, split_subjects, tell_seen
+from memnet.datasets.diffusion_split import SPLIT_FILE, SplitKeeper, require_split, split_subjects, tell_seen
 
 
 def test_sessions_of_a_subject_stay_together(tmp_path):
@@ -56,19 +57,34 @@ def test_names_tell_the_patient(layout, tmp_path):
 def test_a_training_goes_on_with_the_subjects_that_it_had(tmp_path, caplog):
     data, file = write_hcp(tmp_path / "hcp", 4, shape=(7, 6, 6)), tmp_path / "run" / SPLIT_FILE
     cases = find_tensor_cases(str(data), tmp_path / "cache", split_seed=1)
-    assert keep_split(cases, file) == cases == keep_split(cases, file, resume=True)
-    moved = find_tensor_cases(str(shutil.copytree(data, tmp_path / "moved")), tmp_path / "moved_cache", split_seed=1)
-    assert keep_split(moved, file, resume=True) == moved
     keep_split(cases, file)
+    assert require_split(cases, file) == cases == require_split(cases, file, resume=True)
+    moved = find_tensor_cases(str(shutil.copytree(data, tmp_path / "moved")), tmp_path / "moved_cache", split_seed=1)
+    assert require_split(moved, file, resume=True) == moved
     assert tell_seen(cases, "test", file.with_name("model_best.pt")) == cases and not caplog.text
     other = find_tensor_cases(str(data), tmp_path / "cache", split_seed=2)
     with pytest.raises(ValueError, match="had other subjects for training"):
-        keep_split(other, file, resume=True)
+        require_split(other, file, resume=True)
     seen = {"training": [], "validation": [], "test": cases["training"] + cases["test"]}
     tell_seen(seen, "test", tmp_path / "elsewhere" / "model.pt")
     assert not caplog.text
     tell_seen(seen, "test", file.with_name("model_best.pt"))
     assert "2 of 3 test series were trained on" in caplog.text
+    caplog.clear()
+    keep_split(other, file)  # another training in the folder
+    tell_seen(seen, "test", file.with_name("model_best.previous.pt"))
+    assert "2 of 3 test series were trained on" in caplog.text and "split.previous.json" in caplog.text
+    file.write_text("[")
+    with pytest.raises(ValueError, match="split.json: is no split that a training has written"):
+        require_split(cases, file, resume=True)
+
+
+def keep_split(cases, file):
+    """Begin a training."""
+    file.parent.mkdir(exist_ok=True)
+    engine = Engine(lambda engine, batch: None)
+    SplitKeeper(cases, file).attach(engine)
+    engine.run([0])
 
 
 def test_folders_of_sections(tmp_path, caplog):

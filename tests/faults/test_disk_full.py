@@ -15,7 +15,7 @@ from bundle_cases import SMALL, TISSUE, WARNINGS, run
 from conftest import phantom
 from dicom_files import write_series
 from full_disk import full_disk
-from ignite.engine import Engine, State
+from ignite.engine import Engine, Events, State
 
 from memnet.benchmarks.records import write_whole
 from memnet.bundle import input_error
@@ -26,6 +26,7 @@ from memnet.transforms.tensor_outputs import draw_tensors
 from memnet.transforms.writing import AtomicNibabelWriter
 from memnet.whole_files import NotWrittenError
 from memnet.workflow.checkpoints import TrainingCheckpoint
+from memnet.workflow.evaluation import MetricsSaver
 from memnet.workflow.legends import LEGENDS
 from memnet.workflow.overlay import draw_overlay
 from memnet.workflow.reporting import LabelReport
@@ -100,6 +101,29 @@ def test_old_file_is_intact(what: str, tmp_path: Path) -> None:
     assert str(raised.value).startswith(f"{target}: cannot be written (File too large")
     assert target.read_bytes() == before and list(target.parent.iterdir()) == [target]
     write(target)  # and there is room again
+
+
+def test_tables_are_all_of_one_evaluation(tmp_path: Path) -> None:
+    def save(n_cases: int) -> None:
+        saver = MetricsSaver(str(tmp_path / "out"), "*", ["dice"], lambda batch: batch, summary_ops="*")
+        engine = Engine(lambda engine, batch: None)
+        saver.attach(engine)
+
+        @engine.on(Events.STARTED)
+        def _(engine: Any) -> None:
+            engine.state.metrics = {"dice": 1 / 3}
+            engine.state.metric_details = {"dice": torch.rand(n_cases, 2)}
+
+        engine.run([[{"filename_or_obj": f"case{k}.nii.gz"} for k in range(n_cases)]])
+
+    save(3)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert set(before) == {"metrics.csv", "dice_raw.csv", "dice_summary.csv"}
+    with full_disk(200), pytest.raises(NotWrittenError, match="out: its tables cannot be written"):
+        save(100)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    save(100)
+    assert (tmp_path / "out" / "dice_raw.csv").read_text().count("\n") == 101
 
 
 def test_run_ends_in_a_word_about_the_file(

@@ -20,10 +20,10 @@ from bundle_cases import SMALL, SMALL_TRAINING, TISSUE, WARNINGS, run
 from monai.bundle import ConfigWorkflow
 from torch._subclasses import FakeTensor
 
-from memnet import FullyInvResUNet
+from memnet import FullyInvResUNet, bundle
 from memnet.accounting.planner import TrainingStep
 from memnet.bundle import _is_news, _print_input_error, input_error
-from memnet.workflow import out_of_memory
+from memnet.workflow import checkpoints, out_of_memory
 from memnet.workflow.checkpoints import load_weights
 from memnet.workflow.out_of_memory import is_out_of_memory, what_fits
 
@@ -51,11 +51,16 @@ def test_an_interrupted_training_says_how_to_go_on(
     error = (raised.type, raised.value, raised.tb)
     assert not _is_news(logging.LogRecord("ignite", logging.ERROR, __file__, 1, "Exception", None, error))
     capsys.readouterr()
+    codes: list[int] = []
+    monkeypatch.setattr(bundle, "_exit_at_once", codes.append)
     _print_input_error(*error)
-    (tmp_path / "model_last.pt").touch()
+    (tmp_path / "model_last.pt").touch()  # of another training, or of one that is evaluated now
     _print_input_error(*error)
-    told = "interrupted\ninterrupted; the same command with --resume true goes on from "
-    assert capsys.readouterr().err == f"{told}{tmp_path / 'model_last.pt'}\n"
+    checkpoints.written.add(tmp_path / "model_last.pt")
+    _print_input_error(*error)
+    checkpoints.written.clear()
+    told = "interrupted\ninterrupted\ninterrupted; the same command with --resume true goes on from "
+    assert capsys.readouterr().err == f"{told}{tmp_path / 'model_last.pt'}\n" and codes == [130] * 3
 
 
 def test_killed_training_goes_on_to_the_same_weights(iseg_folder: Path, tmp_path: Path) -> None:

@@ -1,9 +1,84 @@
-"""Files of a training: loadable where its GPU is not."""
+"""Files of a training: whole trainings go on from them, loadable where its GPU is not, and never of one that has diverged."""
 
+import logging
+from types import SimpleNamespace
+
+import pytest
 import torch
+from ignite.engine import Engine, Events
 from torch import nn
 
-from memnet.workflow.checkpoints import _on_cpu
+from memnet.workflow.checkpoints import TrainingCheckpoint, _on_cpu, load_weights
+
+
+def train(folder, n_steps, epochs=4, resume=False, rate=0.1, stop=None, spoil=None, cases=()):
+    """Train a little network and return its file and the epochs that were run."""
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    data = [{"image": name} for name in cases]
+    loader = SimpleNamespace(dataset=SimpleNamespace(data=data))
+    evaluator = SimpleNamespace(data_loader=loader, state=SimpleNamespace(best_metric=0.0, best_metric_epoch=0))
+    seen = []
+
+    def step(engine, batch):
+        optimizer.zero_grad()
+        network(torch.ones(1, 2)).square().sum().backward()
+        optimizer.step()
+        if engine.state.epoch == spoil:
+            nn.init.constant_(network.bias, float("nan"))
+
+    def note(engine):
+        scheduler.step()
+        seen.append(engine.state.epoch)
+
+    engine = Engine(step)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, note)
+    checkpoint = TrainingCheckpoint(folder, network, optimizer, scheduler, evaluator, resume=resume)
+    checkpoint.attach(engine)
+    if stop:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.epoch == stop and engine.terminate())
+    engine.run(range(n_steps), max_epochs=epochs)
+    return torch.load(folder / "model_last.pt", weights_only=True), seen
+
+
+@pytest.mark.parametrize("n_steps", [3, 2, 1, 7])
+def test_a_resumed_training_has_all_epochs_whatever_their_steps(n_steps, tmp_path, caplog):
+    """With fewer in an epoch, as more processes make it, ignite ended it after so many steps, and nothing was said."""
+    train(tmp_path, 3, stop=2)
+    with caplog.at_level(logging.WARNING):
+        state, seen = train(tmp_path, n_steps, resume=True)
+    assert seen == [3, 4] and state["epoch"] == 4 and state["iteration"] == 4 * n_steps
+    assert state["lr_scheduler"]["_last_lr"] == [0]
+    assert ("an epoch had 3 steps and has" in caplog.text) == (n_steps != 3)
+
+
+def test_weights_of_a_diverged_training_are_not_saved(tmp_path):
+    """MONAI counts a metric that is not a number as 0, which is the best error there is."""
+    with pytest.raises(
+        ValueError, match="epoch 3: the training has diverged, its weights are NaN or infinite \\(bias\\)"
+    ):
+        train(tmp_path, 1, spoil=3)
+    state = torch.load(tmp_path / "model_last.pt", weights_only=True)
+    assert state["epoch"] == 2 and bool(state["model"]["bias"].isfinite().all())
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    weights = nn.Linear(2, 2).state_dict()
+    weights["weight"][0, 1] = float("inf")
+    torch.save(weights, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt: holds weights that are NaN or infinite"):
+        load_weights(nn.Linear(2, 2), tmp_path / "model.pt")
+
+
+def test_a_training_does_not_go_on_with_another_learning_rate_or_fold(tmp_path):
+    """They were taken, and not used."""
+    train(tmp_path, 2, stop=2, cases=["a/x.nii", "a/y.nii"])
+    with pytest.raises(ValueError, match="learning rate began at 0.1, that of the training to go on with at 0.01"):
+        train(tmp_path, 2, resume=True, rate=0.01, cases=["a/x.nii", "a/y.nii"])
+    with pytest.raises(ValueError, match="validated with other cases \\(of 2, a/y.nii is in one of both alone\\)"):
+        train(tmp_path, 2, resume=True, cases=["a/x.nii", "a/z.nii"])
+    assert train(tmp_path, 2, resume=True, cases=["moved/a/y.nii", "moved/a/x.nii"])[1] == [3, 4]
 
 
 def test_all_tensors_go_to_the_cpu(monkeypatch):

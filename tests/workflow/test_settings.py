@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from bundle_cases import SMALL, TISSUE, WARNINGS, run
+from bundle_cases import SMALL, TISSUE, TUMOR, WARNINGS, BundleCase, run
 from conftest import BUNDLES
 from monai.bundle import ConfigWorkflow
 
 from memnet.bundle import input_error
-from memnet.workflow.settings import build_without_memory, check_output_folder, check_values, check_weights, read_words
+from memnet.workflow.settings import (
+    build_without_memory,
+    check_launcher,
+    check_output_folder,
+    check_overrides,
+    check_values,
+    check_weights,
+    read_words,
+)
 
 pytestmark = WARNINGS
 
@@ -125,6 +133,73 @@ def test_a_setting_that_the_run_does_not_read_is_refused(config: str, key: str) 
     with pytest.raises((RuntimeError, ValueError)) as raised:
         run(TISSUE.folder, "run", config, **{key: True})
     assert f"{key!r} is a setting of another config" in str(input_error(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("configs", "run_id", "overrides", "told"),
+    [
+        (
+            "train.json evaluate.json",
+            "evaluating",
+            {"pretrained": "mine.pt"},
+            "nothing that 'evaluating' reads; did you mean --ckpt_path?",
+        ),
+        ("train.json evaluate.json", "evaluating", {"epochs": 7}, "'epochs' is nothing that 'evaluating' reads"),
+        (
+            "train.json",
+            "training",
+            {"ckpt_path": "mine.pt"},
+            "nothing that 'training' reads; did you mean --pretrained?",
+        ),
+        (
+            "train.json evaluate.json",
+            "evaluating",
+            {"ckpt_path": "mine.pt", "fold": 2, "roi_size": [32] * 3, "vae": True},
+            "",
+        ),
+        ("train.json", "training", {"pretrained": "mine.pt", "fold": 2, "modality_dropout": 0.1, "seed": 3}, ""),
+        ("inference.json", "run", {"t1": "a", "t2": "b", "pattern": "x", "amp": False, "report": False}, ""),
+    ],
+)
+@pytest.mark.parametrize("case", [TISSUE, TUMOR], ids=lambda case: case.name)
+def test_a_command_refuses_what_is_of_no_use_to_what_it_runs(
+    case: BundleCase, configs: str, run_id: str, overrides: dict[str, Any], told: str
+) -> None:
+    """An evaluation with --pretrained scored the shipped weights, a training with --ckpt_path began with random ones."""
+    files = [str(case.folder / "configs" / name) for name in configs.split()]
+    workflow = ConfigWorkflow(files, run_id=run_id, logging_file=False, **overrides)
+    if not told:
+        check_overrides(workflow, of_command=True)
+        return
+    check_overrides(workflow)  # hosts may
+    with pytest.raises(ValueError, match=re.escape(told)):
+        check_overrides(workflow, of_command=True)
+
+
+def test_components_in_lists_have_their_settings_checked() -> None:
+    """They ended in MONAI's traceback."""
+    config = str(TISSUE.folder / "configs" / "train.json")
+    for key, near in (("train#random_transforms#3#probe", "prob"), ("train#handlers#1#intervall", "interval")):
+        workflow = ConfigWorkflow(config, run_id="training", logging_file=False, **{key: 1})
+        with pytest.raises(ValueError, match=re.escape(f"{key!r} is no setting of this bundle")) as raised:
+            check_overrides(workflow)
+        assert near in str(raised.value).removeprefix(repr(key))
+    check_overrides(
+        ConfigWorkflow(config, run_id="training", logging_file=False, **{"train#random_transforms#3#prob": 1})
+    )
+
+
+def test_the_launcher_and_the_config_are_for_as_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = [str(TISSUE.folder / "configs" / "train.json")]
+    several = [*one, str(TISSUE.folder / "configs" / "multi_gpu_train.json")]
+    workflows = [ConfigWorkflow(files, run_id="training", logging_file=False) for files in (one, several)]
+    check_launcher(workflows[0])
+    with pytest.raises(ValueError, match="start it by torchrun"):
+        check_launcher(workflows[1])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_launcher(workflows[1])
+    with pytest.raises(ValueError, match="has started 2 processes, and this config is for one"):
+        check_launcher(workflows[0])
 
 
 def test_building_the_network_ahead_draws_nothing() -> None:
