@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from memnet.datasets.ismrmrd import RawData, read_ismrmrd, write_ismrmrd
+from memnet.transforms.kspace_inputs import LoadKspaced
 
 AFFINE = np.array([[0, -0.9, 0, 20], [1.1, 0, 0, -30], [0, 0, 1.3, 5], [0, 0, 0, 1]], dtype=float)
 
@@ -151,6 +152,59 @@ def test_a_separate_reference_scan_is_kept_apart(raw: RawData, file: Path) -> No
     expected = np.zeros_like(raw.kspace[0])
     expected[:, :, 2:5] = 10 * raw.kspace[0, :, :, 2:5]
     np.testing.assert_allclose(back.calibration, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["separate", ""])
+def test_a_reference_scan_of_more_readouts_is_not_the_image(raw: RawData, file: Path, mode: str) -> None:
+    """It was, where it lies in an encoding space of its own, without a word."""
+
+    def add(rows: np.ndarray) -> np.ndarray:
+        others = np.concatenate([rows.copy()] * 2)
+        others["head"]["flags"], others["head"]["encoding_space_ref"] = 1 << 19, 1
+        others["data"] = [1000 * values for values in others["data"]]
+        return np.concatenate([others, rows])
+
+    edit(file, add)
+    with h5py.File(file, "r") as opened:
+        encoding = opened["dataset/xml"][0].decode().split("<encoding>")[1].split("</encoding>")[0]
+    told = f"<parallelImaging><calibrationMode>{mode}</calibrationMode></parallelImaging>" if mode else ""
+    edit_xml(file, "</encoding>", f"</encoding><encoding>{encoding}{told}</encoding>")
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, raw.kspace)
+
+
+@pytest.mark.parametrize("oversampling", [1, 2])
+def test_an_asymmetric_echo_says_which_samples_were_taken(oversampling: int, tmp_path: Path) -> None:
+    """What was not counted as measured zeros."""
+    rng = np.random.default_rng(0)
+    n = 16 * oversampling
+    image = rng.normal(size=(3, 2, 16, 6, 1)) + 1j * rng.normal(size=(3, 2, 16, 6, 1))
+    image = np.pad(image, [(0, 0), (0, 0), ((n - 16) // 2,) * 2, (0, 0), (0, 0)])
+    kspace = np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image, 2), axis=2, norm="ortho"), 2).astype(np.complex64)
+    kspace[:, :, : n // 4] = 0
+    sampled = rng.uniform(size=(3, 6, 1)) < 0.7
+    kspace *= sampled[:, None, None]
+    write_ismrmrd(tmp_path / "raw.h5", kspace, sampled, AFFINE)
+    if oversampling == 2:
+        wide = f"<fieldOfView_mm><x>{n * 1.1}</x>"
+        with h5py.File(tmp_path / "raw.h5", "r+") as opened:
+            xml = opened["dataset/xml"][0].decode()
+            before, behind = xml.split("<reconSpace>")
+            opened["dataset/xml"][0] = f"{before}<reconSpace>{behind.replace(wide, '<fieldOfView_mm><x>17.6</x>', 1)}"
+    raw = read_ismrmrd(tmp_path / "raw.h5")
+    assert raw.support is not None and raw.kspace.shape[2] == 16
+    expected = (np.arange(16) >= 4)[None, :, None, None] & sampled[:, None]
+    np.testing.assert_array_equal(raw.support, expected)
+    loaded = LoadKspaced("kspace", movie=True)({"kspace": str(tmp_path / "raw.h5")})
+    np.testing.assert_array_equal(loaded["mask"][0].numpy(), expected[..., 0])
+
+
+def test_whole_readouts_have_no_support_of_their_own(raw: RawData, file: Path) -> None:
+    assert read_ismrmrd(file).support is None
+
+
+def test_space_around_words_of_the_header_does_not_matter(raw: RawData, file: Path) -> None:
+    edit_xml(file, "<trajectory>cartesian", "<trajectory> cartesian\n")
+    np.testing.assert_array_equal(read_ismrmrd(file).kspace, raw.kspace)
 
 
 def test_embedded_calibration_lines_are_part_of_the_image(raw: RawData, file: Path) -> None:

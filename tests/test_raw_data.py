@@ -13,6 +13,7 @@ import torch
 
 from memnet.datasets.bart import write_cfl
 from memnet.datasets.ismrmrd import write_ismrmrd
+from memnet.datasets.kspace import find_reconstruction_cases
 from memnet.datasets.raw_data import read_raw_data
 from memnet.mri.fourier import image_to_kspace, kspace_to_image
 from memnet.mri.sampling import PoissonDiscMask
@@ -124,6 +125,63 @@ def test_bart_gives_a_volume_or_frames(n_frames: int, tmp_path: Path) -> None:
     raw = read_raw_data(tmp_path / "in.cfl")
     np.testing.assert_array_equal(raw.kspace, values.reshape(8, 6, 5, 2, n_frames).transpose(4, 3, 0, 1, 2))
     assert raw.sampled.shape == (n_frames, 6, 5) and raw.sampled.all() and not raw.is_stack
+
+
+@pytest.mark.parametrize("kind", ["mat", "cfl"])
+def test_a_mask_in_the_plane_of_a_movie_is_its_mask(kind: str, tmp_path: Path) -> None:
+    """Samples that were not taken of a readout counted as zeros, and such a file as fully sampled."""
+    taken = np.random.default_rng(1).uniform(size=(12, 10, 4)) < 0.3  # x, y, frames
+    kspace = noise(12, 10, 2, 1, 4) * taken[:, :, None, None]
+    path = tmp_path / f"in.{kind}"
+    if kind == "mat":
+        cmrxrecon(path, kspace, "kus")
+    else:
+        write_cfl(path, kspace.transpose(0, 1, 3, 2, 4).reshape(12, 10, 1, 2, *[1] * 6, 4))
+    loaded = LoadKspaced("kspace", movie=True)({"kspace": str(path)})
+    np.testing.assert_array_equal(loaded["mask"][0].numpy(), taken.transpose(2, 0, 1))
+
+
+def test_a_volume_with_other_samples_missing_of_each_readout_is_refused(tmp_path: Path) -> None:
+    taken = np.random.default_rng(1).uniform(size=(12, 10, 8)) < 0.5
+    write_cfl(tmp_path / "in.cfl", noise(12, 10, 8, 2) * taken[..., None])
+    with pytest.raises(ValueError, match="of its readouts along x some samples are missing, of each others"):
+        LoadKspaced("kspace")({"kspace": str(tmp_path / "in.cfl")})
+    kspace = noise(12, 10, 8, 2) * taken[:1, ..., None]
+    kspace[:4] = 0  # an asymmetric echo
+    write_cfl(tmp_path / "in.cfl", kspace)
+    mask = LoadKspaced("kspace")({"kspace": str(tmp_path / "in.cfl")})["mask"]
+    np.testing.assert_array_equal(mask[0, 0].numpy(), taken[0])
+
+
+def test_every_slice_of_a_movie_is_a_case(tmp_path: Path) -> None:
+    """Of CMRxRecon's files the middle slice alone was trained on, without a word."""
+    cmrxrecon(tmp_path / "a.mat", noise(12, 10, 2, 3, 4))
+    cmrxrecon(tmp_path / "b.mat", noise(12, 10, 2, 1, 4))
+    write_ismrmrd(tmp_path / "c.h5", noise(3, 2, 8, 6, 1), np.ones((3, 6, 1), bool), np.eye(4))
+    with h5py.File(tmp_path / "c.h5", "r+") as file:
+        rows = file["dataset/data"][()]
+        rows = np.concatenate([rows, rows])
+        rows["head"]["idx"]["slice"] = np.repeat([2, 5], len(rows) // 2)
+        del file["dataset/data"]
+        file["dataset"].create_dataset("data", data=rows)
+    cases = find_reconstruction_cases(tmp_path, movie=True, subset="all")["validation"]
+    assert [(Path(c["image"]).name, c.get("slice_index")) for c in cases] == [
+        ("a.mat", 0), ("a.mat", 1), ("a.mat", 2), ("b.mat", None), ("c.h5", 2), ("c.h5", 5)
+    ]  # fmt: skip
+    for case in cases:
+        read_raw_data(case["image"], case.get("slice_index"))
+
+
+@pytest.mark.parametrize(("fold", "kept"), [(-1, [8, 9]), (0, [0, 1]), (2, [4, 5])])
+def test_slices_of_one_movie_are_split_by_folds(fold: int, kept: list[int], tmp_path: Path) -> None:
+    """The last were kept whatever the fold."""
+    cmrxrecon(tmp_path / "a.mat", noise(6, 5, 1, 10, 2))
+    split = find_reconstruction_cases(tmp_path, n_folds=5, fold=fold, movie=True)
+    assert [case["slice_index"] for case in split["validation"]] == kept
+    assert sorted(c["slice_index"] for part in split.values() for c in part) == list(range(10))
+    for wrong in ((5, 5), (0, 0)):
+        with pytest.raises(ValueError, match="expected a fold from 0 to"):
+            find_reconstruction_cases(tmp_path, n_folds=wrong[0], fold=wrong[1], movie=True)
 
 
 def test_ismrmrd_is_known_by_its_content(tmp_path: Path) -> None:

@@ -16,11 +16,20 @@ import numpy as np
 from memnet.datasets.ismrmrd_header import Encoding, read_encoding
 from memnet.whole_files import whole_file
 
-__all__ = ["RawData", "check_samples", "crop_field_of_view", "read_ismrmrd", "write_ismrmrd"]
+__all__ = [
+    "NOT_IMAGE",
+    "RawData",
+    "check_samples",
+    "crop_field_of_view",
+    "read_ismrmrd",
+    "support_of",
+    "write_ismrmrd",
+]
 
 logger = logging.getLogger("memnet")
 
 _MOST_COILS = 256  # twice those of the largest arrays that are built
+_WHOLE = 0.99  # of the samples of readouts that are taken for whole ones
 _MOST_UNDERSAMPLED = 256  # times as many samples in the matrix as in the file
 _COUNTERS = "kspace_encode_step_1 kspace_encode_step_2 average slice contrast phase repetition set segment".split()
 _INDEX = np.dtype([(name, "<u2") for name in _COUNTERS] + [("user", "<u2", 8)])
@@ -53,7 +62,7 @@ _HEADER = np.dtype(
     ]
 )
 # readouts that are no image data: noise, navigators, phase correction, feedback, dummies, surface coil correction
-_NOT_IMAGE = sum(1 << (flag - 1) for flag in (19, 23, 24, 26, 27, 28, 29, 30, 31))
+NOT_IMAGE = sum(1 << (flag - 1) for flag in (19, 23, 24, 26, 27, 28, 29, 30, 31))
 _CALIBRATION_ALONE = 1 << (20 - 1)
 _REVERSED = 1 << (22 - 1)
 
@@ -70,6 +79,8 @@ class RawData:
         is_stack: whether x counts the slices of a 2D scan, which need no transform, rather than samples of the readout.
         calibration: complex64 ``(coils, x, y, z)``, a reference scan of its own that coil maps may come of, zero where nothing
             was sampled; ``None`` where there is none.
+        support: bool ``(frames, x, y, z)``, which samples of the readouts were taken, see :func:`support_of`; ``None`` where
+            they are whole.
     """
 
     kspace: np.ndarray
@@ -77,6 +88,21 @@ class RawData:
     affine: np.ndarray
     is_stack: bool = False
     calibration: np.ndarray | None = None
+    support: np.ndarray | None = None
+
+
+def support_of(kspace: np.ndarray, sampled: np.ndarray) -> np.ndarray | None:
+    """Tell which samples were taken where readouts are not whole, as with an asymmetric echo or a mask in the plane.
+
+    Args:
+        kspace: complex ``(frames, coils, x, y, z)``, zero where nothing was sampled.
+        sampled: bool ``(frames, y, z)``.
+
+    Returns:
+        Bool ``(frames, x, y, z)``; ``None`` where less than a hundredth of the readouts is zero, as single samples may be.
+    """
+    support = (kspace != 0).any(1)
+    return None if support.sum() >= _WHOLE * sampled.sum() * kspace.shape[2] else support
 
 
 def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
@@ -104,11 +130,13 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
     """
     path = Path(path)
     xml, heads, data = _read_hdf5(path)
-    chosen = (heads["flags"] & np.uint64(_NOT_IMAGE)) == 0
+    chosen = (heads["flags"] & np.uint64(NOT_IMAGE)) == 0
     if not chosen.any():
         raise ValueError(f"{path}: holds no readout of image data")
-    # a reference scan may be encoded in another way
-    space = int(np.bincount(heads["encoding_space_ref"][chosen]).argmax())
+    # a reference scan may be encoded in another way, and have more readouts than the image
+    alone = (heads["flags"] & np.uint64(_CALIBRATION_ALONE)) != 0
+    of_image = chosen & ~alone if (chosen & ~alone).any() else chosen
+    space = int(np.bincount(heads["encoding_space_ref"][of_image]).argmax())
     chosen &= heads["encoding_space_ref"] == space
     encoding = read_encoding(path, xml, space)
     matrix, fov = encoding.matrix, encoding.fov
@@ -143,13 +171,17 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
         )
     kspace, sampled = _gridded(path, heads, data, frames, encoding)
     check_samples(path, kspace, 1)
+    support = support_of(kspace, sampled)
     calibration = _calibration(path, *reference, n_coils, encoding)
     wanted = round(matrix[0] * encoding.recon_fov_x / fov[0])
     if 0 < wanted < matrix[0]:
+        # the samples of the smaller field of view are those of the larger one that lie farther apart
+        taken = np.rint((np.arange(wanted) - wanted // 2) * matrix[0] / wanted).astype(int) + matrix[0] // 2
+        support = None if support is None else support[:, taken.clip(0, matrix[0] - 1)]
         kspace, fov[0] = crop_field_of_view(kspace, wanted, 2), encoding.recon_fov_x
         calibration = None if calibration is None else crop_field_of_view(calibration, wanted, 1)
     affine = _affine(path, heads[0], kspace.shape[2:], fov)
-    return RawData(kspace, sampled, affine, calibration=calibration)
+    return RawData(kspace, sampled, affine, calibration=calibration, support=support)
 
 
 def check_samples(path: Path, kspace: np.ndarray, coil_axis: int) -> None:

@@ -62,7 +62,7 @@ def read_encoding(path: Path, xml: bytes, space: int) -> Encoding:
             raise ValueError(f"{path}: its header lacks encoding/{'/'.join(names)}")
         return str(default if found is None else found)
 
-    trajectory = read("trajectory")
+    trajectory = read("trajectory").strip()
     if trajectory.lower() != "cartesian":
         raise ValueError(f"{path}: its trajectory is {trajectory}; only cartesian data can be reconstructed")
     mode = read("parallelImaging", "calibrationMode", default="")

@@ -9,6 +9,7 @@ from typing import Literal
 import nibabel as nib
 
 from memnet.datasets.cases import Case, as_list, existing_folder, split_folds
+from memnet.datasets.raw_data import slices_of
 
 __all__ = ["RAW_SUFFIXES", "find_raw_data", "find_reconstruction_cases"]
 
@@ -62,7 +63,7 @@ def find_reconstruction_cases(
         dataset_dir: folder of files, one a subject, see :func:`find_raw_data`.
         n_folds: see :func:`memnet.datasets.split_folds`.
         fold: the fold kept for validation.
-        movie: files hold movies; every slice of a NIfTI one ``(x, y, slice, frame)`` is a case, of the same subject.
+        movie: files hold movies; every slice of a file that has several is a case, of the same subject.
         subset: ``"all"`` takes every case for validation, with nothing left to train on; the others split.
 
     Returns:
@@ -114,7 +115,8 @@ def _search(dataset_dir: str | Path) -> list[Path]:
 
 def _slices(file: Path) -> list[int | None]:
     if not file.name.endswith((".nii", ".nii.gz")):
-        return [None]
+        slices = slices_of(file)
+        return [*slices] if len(slices) > 1 else [None]
     try:
         shape = nib.load(file).shape
     except (OSError, EOFError, nib.filebasedimages.ImageFileError) as error:

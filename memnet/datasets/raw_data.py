@@ -11,9 +11,9 @@ import numpy as np
 from monai.apps.reconstruction.fastmri_reader import FastMRIReader
 
 from memnet.datasets.bart import read_cfl
-from memnet.datasets.ismrmrd import RawData, check_samples, crop_field_of_view, read_ismrmrd
+from memnet.datasets.ismrmrd import NOT_IMAGE, RawData, check_samples, crop_field_of_view, read_ismrmrd, support_of
 
-__all__ = ["read_bart", "read_cmrxrecon", "read_fastmri", "read_raw_data"]
+__all__ = ["read_bart", "read_cmrxrecon", "read_fastmri", "read_raw_data", "slices_of"]
 
 logger = logging.getLogger("memnet")
 
@@ -122,6 +122,8 @@ def read_cmrxrecon(path: str | Path, slice_index: int | None = None) -> RawData:
                 )
             n_slices = data.shape[1]
             index = n_slices // 2 if slice_index is None else slice_index
+            if slice_index is None and n_slices > 1:
+                logger.warning("%s: has %d slices, slice %d is taken", path, n_slices, index)
             if not 0 <= index < n_slices:
                 raise ValueError(f"{path}: has no slice {index}, but slices 0 to {n_slices - 1}")
             parts = data[:, index][:, None] if one_coil else data[:, index]
@@ -132,7 +134,8 @@ def read_cmrxrecon(path: str | Path, slice_index: int | None = None) -> RawData:
     check_samples(path, kspace, 1)
     logger.warning(_NO_GEOMETRY, path)
     sampled = (kspace != 0).any((1, 2))
-    return RawData(np.ascontiguousarray(kspace), sampled, _centred(np.eye(4), kspace.shape))
+    support = support_of(kspace, sampled)
+    return RawData(np.ascontiguousarray(kspace), sampled, _centred(np.eye(4), kspace.shape), support=support)
 
 
 def read_bart(path: str | Path) -> RawData:
@@ -161,7 +164,37 @@ def read_bart(path: str | Path) -> RawData:
     kspace = np.ascontiguousarray(five.transpose(4, 3, 0, 1, 2))
     check_samples(path, kspace, 1)
     logger.warning(_NO_GEOMETRY, path)
-    return RawData(kspace, (kspace != 0).any((1, 2)), _centred(np.eye(4), kspace.shape))
+    sampled = (kspace != 0).any((1, 2))
+    return RawData(kspace, sampled, _centred(np.eye(4), kspace.shape), support=support_of(kspace, sampled))
+
+
+def slices_of(path: str | Path) -> list[int]:
+    """Return which slices a file of movies has, those that :func:`read_raw_data` takes as ``slice_index``.
+
+    Args:
+        path: see :func:`read_raw_data`; what of the file is damaged otherwise is not looked at.
+
+    Returns:
+        Their numbers; none of a format that holds one slice a file.
+
+    Raises:
+        ValueError: the file is no HDF5, or damaged.
+    """
+    path = Path(path)
+    if path.suffix == ".mat":
+        names = [name for name in _names(path) if name.startswith("kspace") or name == "kus"]
+        with h5py.File(path, "r") as file:
+            shape: tuple[int, ...] = tuple(file[names[0]].shape) if len(names) == 1 else ()
+        return list(range(shape[1])) if len(shape) > 3 else []
+    if path.suffix != ".h5" or "dataset" not in _names(path):
+        return []
+    try:
+        with h5py.File(path, "r") as file:
+            heads = file["dataset/data"].fields("head")[()]
+        chosen = heads["flags"] & np.uint64(NOT_IMAGE) == 0
+        return [int(number) for number in np.unique(heads["idx"]["slice"][chosen])]
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no ISMRMRD file, or damaged ({error})") from error
 
 
 def _names(path: Path) -> list[str]:

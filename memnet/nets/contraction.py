@@ -68,7 +68,8 @@ class OperatorNormBound(nn.Module):
                 u = self._apply_to(v, weight)
                 (v,) = torch.autograd.grad(u, v, u.detach())
                 norm = v.norm()
-                self.direction.copy_(torch.where(norm > 0, v / norm, self.direction))
+                # anew, since calls that are not differentiated yet may need it as it was
+                self.direction = torch.where(norm > 0, v / norm, self.direction)
 
     def _apply_to(self, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self.convolve(F.pad(v, self.padding, self.mode), weight, dilation=self.dilation, groups=self.groups)

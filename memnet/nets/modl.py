@@ -1,6 +1,7 @@
 """MoDL: unrolled reconstruction that alternates a learned regulariser and data consistency, with memory-efficient learning."""
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
@@ -111,17 +112,24 @@ class MoDL(nn.Module):
         self._memory = memory
 
     def spread_weights(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Give each regulariser the weights of the one that a ``state_dict`` has; one with several stays as it is."""
-        first, others = "regularizers.0.", range(1, len(self.regularizers))
-        if any(name.startswith("regularizers.1.") for name in weights):
+        """Give each regulariser the weights of one that a ``state_dict`` has: of its own place, or the nearest.
+
+        The first and the last go to the first and the last; one serves all. For networks that are trained on: those of another
+        number of unrolls are not what they were trained to be.
+        """
+        pattern = re.compile(r"regularizers\.(\d+)\.(.*)")
+        there: dict[int, dict[str, torch.Tensor]] = {}
+        for name, weight in weights.items():
+            if match := pattern.fullmatch(name):
+                there.setdefault(int(match[1]), {})[match[2]] = weight
+        if not there:
             return dict(weights)
-        copies = {
-            name.replace(first, f"regularizers.{i}.", 1): weight
-            for i in others
-            for name, weight in weights.items()
-            if name.startswith(first)
-        }
-        return {**weights, **copies}
+        spread = {name: weight for name, weight in weights.items() if not pattern.fullmatch(name)}
+        last, n = max(there), len(self.regularizers)
+        for i in range(n):
+            nearest = min(there, key=lambda place: abs(place - (i * last / (n - 1) if n > 1 else 0)))
+            spread |= {f"regularizers.{i}.{name}": weight for name, weight in there[nearest].items()}
+        return spread
 
     def forward(self, kspace: torch.Tensor, csm: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Reconstruct.

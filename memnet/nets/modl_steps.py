@@ -64,9 +64,13 @@ class _Step(Invertible):
         """
         inputs = self.restore(recorded)
         outputs, pull = replay_with_grad([recorded.replays], inputs)
+        # beside an output that is far larger, as biases make it of next to nothing, an input is no scale
+        least = some_values(outputs[:1]).norm()
         drifts = {
             "its output": _drift(outputs[0], recorded.state[0]),
-            "its input, with what the inverses after it missed,": _drift(some_values(inputs[:1]), recorded.kept[0]),
+            "its input, with what the inverses after it missed,": _drift(
+                some_values(inputs[:1]), recorded.kept[0], least
+            ),
         }
         for what, drift in drifts.items():
             if not bool(drift <= self.drift_tolerance):  # asked of the tensor, as a simulation without data can be
@@ -236,5 +240,6 @@ class ConsistencyStep(_Step):
         return self.step.inverse(x, adjoint, self.operator), adjoint
 
 
-def _drift(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    return (found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.real.dtype).tiny)
+def _drift(found: torch.Tensor, expected: torch.Tensor, least: torch.Tensor | None = None) -> torch.Tensor:
+    scale = expected.norm().clamp_min(torch.finfo(expected.real.dtype).tiny)
+    return (found - expected).norm() / (scale if least is None else torch.maximum(scale, least))

@@ -31,13 +31,15 @@ written: set[Path] = set()
 """Files from which a training of this process could go on."""
 
 
-def load_weights(network: nn.Module, path: str | Path, key: str = "model", may_miss: Sequence[str] = ()) -> None:
+def load_weights(
+    network: nn.Module, path: str | Path, key: str = "model", may_miss: Sequence[str] = (), spread: bool = False
+) -> None:
     """Load weights into a network, completely or not at all; see :func:`fitting_weights`."""
-    network.load_state_dict(fitting_weights(network, path, key, may_miss))
+    network.load_state_dict(fitting_weights(network, path, key, may_miss, spread))
 
 
 def fitting_weights(
-    network: nn.Module, path: str | Path, key: str = "model", may_miss: Sequence[str] = ()
+    network: nn.Module, path: str | Path, key: str = "model", may_miss: Sequence[str] = (), spread: bool = False
 ) -> dict[str, torch.Tensor]:
     """Read weights for a network, which may be on the meta device.
 
@@ -48,6 +50,7 @@ def fitting_weights(
         key: see ``path``.
         may_miss: beginnings of the names that the file need not have and that stay as they are, as ``"vae."`` where a
             network with the variational branch goes on from weights without.
+        spread: let a :class:`memnet.MoDL` take those of another number of unrolls, see :meth:`memnet.MoDL.spread_weights`.
 
     Returns:
         A whole ``state_dict``: what the file lacks and may miss is the network's own.
@@ -69,7 +72,7 @@ def fitting_weights(
     broken = _not_finite(weights)
     if broken:
         raise ValueError(f"{path}: holds weights that are NaN or infinite ({broken}), of a training that has diverged")
-    if hasattr(network, "spread_weights"):
+    if hasattr(network, "spread_weights") and (spread or not any(k.startswith("regularizers.1.") for k in weights)):
         weights = network.spread_weights(weights)
     wanted = network.state_dict()
     spare = {k for k in weights if k.startswith("vae.")} if not any(k.startswith("vae.") for k in wanted) else set()
@@ -108,12 +111,16 @@ class WeightsLoader:
         load_path: file of weights.
         network: the network to fill.
         may_miss: see :func:`load_weights`.
+        spread: likewise.
     """
 
-    def __init__(self, load_path: str | Path, network: nn.Module, may_miss: Sequence[str] = ()) -> None:
+    def __init__(
+        self, load_path: str | Path, network: nn.Module, may_miss: Sequence[str] = (), spread: bool = False
+    ) -> None:
         self.load_path = load_path
         self.network = network
         self.may_miss = may_miss
+        self.spread = spread
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
@@ -121,7 +128,7 @@ class WeightsLoader:
 
     def __call__(self, engine: Engine) -> None:
         """Load."""
-        load_weights(self.network, self.load_path, may_miss=self.may_miss)
+        load_weights(self.network, self.load_path, may_miss=self.may_miss, spread=self.spread)
 
 
 class TrainingCheckpoint:

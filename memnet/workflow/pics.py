@@ -25,6 +25,7 @@ __all__ = ["METHODS", "Method", "bart_pics", "cg_sense", "sigpy_pics", "zero_fil
 Solver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 _WAVELET = "db4"
 _WAVELET_SIDE = 28  # samples, of which the wavelet makes two levels
+_LEAST_PLANES = 6
 _LLR_BLOCK = 7  # voxels a side
 _TIME = 10  # BART's dimension of time
 
@@ -38,11 +39,13 @@ class Method(NamedTuple):
             Fourier encoded; the image is of order 1.
         weight: where a search for the best one begins; 0 where there is nothing to choose.
         needs: module or program that must be installed; empty for none.
+        takes_odd_sides: whether sides of k-space may be odd.
     """
 
     solve: Solver
     weight: float = 0.0
     needs: str = ""
+    takes_odd_sides: bool = True
 
     @property
     def is_installed(self) -> bool:
@@ -147,8 +150,8 @@ def bart_pics(
     if movie:
         inputs = {"kspace": _as_movie(kspace), "maps": _as_movie(csm[:, :1]), "mask": _as_movie(taken)}
     else:
-        # slices become an encoded dimension, too, whose number must be even
-        padding = (0, 0, 0, 0, 0, n_planes % 2)
+        # slices become an encoded dimension, too, whose number must be even, and not too small for BART's wavelets
+        padding = (0, 0, 0, 0, 0, max(_LEAST_PLANES - n_planes, n_planes % 2))
         volumes = {
             "kspace": image_to_kspace(functional.pad(kspace, padding), (1,)),
             "maps": functional.pad(csm.expand_as(kspace), padding),
@@ -185,14 +188,16 @@ METHODS: dict[str, dict[str, Method]] = {
     | {
         "SigPy l1-wavelet": Method(sigpy_pics, 0.004, "sigpy"),
         "SigPy TV": Method(partial(sigpy_pics, penalty="tv"), 0.004, "sigpy"),
-        "BART l1-wavelet": Method(bart_pics, 0.004, "bart"),
-        "BART TV": Method(partial(bart_pics, penalty="T:7:0:{weight}"), 0.004, "bart"),
+        "BART l1-wavelet": Method(bart_pics, 0.004, "bart", False),
+        "BART TV": Method(partial(bart_pics, penalty="T:7:0:{weight}"), 0.004, "bart", False),
     },
     "movie": _SENSE
     | {
         "SigPy l1-wavelet": Method(sigpy_pics, 0.004, "sigpy"),
         "SigPy temporal TV": Method(partial(sigpy_pics, penalty="tv", axes=(0,)), 0.004, "sigpy"),
-        "BART temporal TV": Method(partial(bart_pics, penalty=f"T:{2**_TIME}:0:{{weight}}", movie=True), 0.004, "bart"),
-        "BART LLR": Method(partial(bart_pics, penalty="L:7:7:{weight}", movie=True), 0.004, "bart"),
+        "BART temporal TV": Method(
+            partial(bart_pics, penalty=f"T:{2**_TIME}:0:{{weight}}", movie=True), 0.004, "bart", False
+        ),
+        "BART LLR": Method(partial(bart_pics, penalty="L:7:7:{weight}", movie=True), 0.004, "bart", False),
     },
 }

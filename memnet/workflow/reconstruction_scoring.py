@@ -94,7 +94,8 @@ def score_reconstruction(
         dataset_dir: folder of fully sampled raw data, or of magnitudes, every one of which is scored.
         tuning_dir: another such folder, whose first case weights are tuned on.
         output_dir: gets ``scores.csv``, ``scores.md``, and a picture of each case (and its movie), named as its file and slice.
-        methods: words of :data:`memnet.workflow.pics.METHODS`; all if empty. What is not installed is left out, and said.
+        methods: words of :data:`memnet.workflow.pics.METHODS`; all if empty. What is not installed, or takes no data of these
+            sides, is left out, and said.
         overrides: overrides of the bundle's ``train.json`` and ``evaluate.json``, such as ``acceleration``.
 
     Returns:
@@ -116,10 +117,11 @@ def score_reconstruction(
     evaluation = _evaluation(bundle, dataset_dir, overrides)
     cases, network = evaluation.get_parsed_content("validate#dataset"), _network(evaluation)
     tuning_case = parser.get_parsed_content("validate#dataset")[0]
+    left_out = {name for name in methods or known if not _takes(known[name], tuning_case)}
     weights: dict[str, float] = {}
     solvers: dict[str, Solver] = {}
     for name in methods or known:
-        if name not in missing:
+        if name not in missing and name not in left_out:
             if known[name].weight:
                 print(f"{name}: trying weights on {Path(tuning_dir)}", flush=True)
             weights[name] = find_weight(known[name], [tuning_case])
@@ -134,6 +136,9 @@ def score_reconstruction(
         case_name += f"_{case['slice_index']}" if "slice_index" in case else ""
         images: dict[str, torch.Tensor] = {}
         for name, solve in solvers.items():
+            if name in known and not _takes(known[name], case):
+                left_out.add(name)
+                continue
             start = time.perf_counter()
             images[name] = solve(case)
             row: dict[str, Any] = {"case": case_name, "method": name, "weight": weights.get(name, 0.0)}
@@ -144,9 +149,11 @@ def score_reconstruction(
         magnitudes = {name: image.norm(dim=0, keepdim=True) for name, image in images.items()}
         sides = case["image"].affine[:3, :3].norm(dim=0).tolist()
         write_pictures(magnitudes, folder / case_name, movie, (sides[0], sides[1]) if movie else (sides[1], sides[2]))
-    lines = [_table(rows, list(solvers))]
+    lines = [_table(rows, [name for name in solvers if any(row["method"] == name for row in rows)])]
     if missing:
         lines += ["", f"Not installed: {', '.join(missing)}."]
+    if left_out - set(missing):
+        lines += ["", f"Left out where a side of k-space is odd: {', '.join(sorted(left_out - set(missing)))}."]
     write_scores(rows, lines, folder)
     return rows
 
@@ -200,6 +207,10 @@ def _network(parser: ConfigParser) -> Solver:
         return inferer(torch.as_tensor(case["image"])[None].to(device), network)[0].float().cpu()
 
     return solve
+
+
+def _takes(method: Method, case: Case) -> bool:
+    return method.takes_odd_sides or not any(n % 2 for n in case["image"].shape[-2:])
 
 
 def _reconstruct(method: Method, case: Case, weight: float) -> torch.Tensor:

@@ -249,10 +249,11 @@ def check_weights(workflow: ConfigWorkflow, network: nn.Module) -> None:
             continue
         given = {
             key: workflow.parser.get_parsed_content("#".join([*path, key]))
-            for key in {"_disabled_", "load_path", "may_miss", "resume", "save_dir"} & handler.keys()
+            for key in {"_disabled_", "load_path", "may_miss", "spread", "resume", "save_dir"} & handler.keys()
         }
         if "load_path" in given and not given.get("_disabled_"):
-            fitting_weights(network, given["load_path"], may_miss=given.get("may_miss", ()))
+            options = {key: given[key] for key in ("may_miss", "spread") if key in given}
+            fitting_weights(network, given["load_path"], **options)
         if given.get("resume"):
             fitting_weights(network, resumable(given["save_dir"]))
 

@@ -195,6 +195,53 @@ def test_weights_of_one_regulariser_serve_as_many_as_there_are(tmp_path):
         load_weights(network(3, shared=False, n_unrolls=4), tmp_path / "several.pt")
 
 
+@pytest.mark.parametrize(("n", "places"), [(4, [0, 3, 6, 9]), (10, range(10)), (2, [0, 9]), (1, [0]), (3, [0, 4, 9])])
+def test_a_training_takes_weights_of_another_number_of_unrolls(n, places, tmp_path):
+    """Of ten regularisers the nearest each; it was told to be possible, and refused."""
+    ten = network(shared=False, n_unrolls=10)
+    torch.save(ten.state_dict(), tmp_path / "ten.pt")
+    other = network(shared=False, n_unrolls=n)
+    if n != 10:
+        with pytest.raises(ValueError, match="do not fit"):
+            load_weights(other, tmp_path / "ten.pt")
+    load_weights(other, tmp_path / "ten.pt", spread=True)
+    for regularizer, place in zip(other.regularizers, places, strict=True):
+        for name, weight in regularizer.state_dict().items():
+            assert torch.equal(weight, ten.regularizers[place].state_dict()[name])
+
+
+def bounded(memory, tile=None, channels=4):
+    torch.manual_seed(0)
+    consistency = DataConsistency(1.0, max_iterations=60)
+    return MoDL(
+        2, channels=channels, n_unrolls=2, memory=memory, tile=tile, contraction=0.5, data_consistency=consistency
+    )
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "recursive", "invert"])
+def test_two_passes_before_one_backward_of_a_contraction(memory):
+    """The power iterations of the second pass changed in place what the first pass's recomputation needs."""
+    inputs = [example(*SHAPES["2D"][:2], dtype=torch.complex128) for _ in range(2)]
+    found = []
+    for strategy in ("store", memory):
+        net = bounded(strategy, None if strategy == "store" else (8,), channels=40).double()
+        loss = sum(net(*some).abs().sum() for some in inputs)
+        found.append(torch.autograd.grad(loss, list(net.parameters())))
+    for expected, gradient in zip(*found, strict=True):
+        assert (gradient - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("scale", [0, 1e-12, 1])
+def test_faint_data_are_no_drift(scale):
+    """Of an input that is next to nothing beside what biases make of it, rounding is more than all of it."""
+    net, found = bounded("invert"), {}
+    kspace, csm, mask = example(*SHAPES["2D"][:2])
+    for memory in ("store", "invert"):
+        net.memory = memory
+        found[memory] = gradients(net, (kspace * scale, csm, mask))
+    assert distance(found["invert"], found["store"]) < 1e-3
+
+
 def test_a_regulariser_of_ones_own():
     inputs = example(*SHAPES["2D"][:2])
     own = nn.Conv2d(2, 2, 1)

@@ -37,7 +37,9 @@ def train(folder, n_steps, epochs=4, resume=False, rate=0.1, stop=None, spoil=No
     checkpoint = TrainingCheckpoint(folder, network, optimizer, scheduler, evaluator, resume=resume)
     checkpoint.attach(engine)
     if stop:
-        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.epoch == stop and engine.terminate())
+        engine.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda engine: engine.state.epoch == stop and engine.terminate()
+        )
     engine.run(range(n_steps), max_epochs=epochs)
     return torch.load(folder / "model_last.pt", weights_only=True), seen
 

@@ -68,6 +68,26 @@ def test_every_method_gets_the_same_data_and_a_row(weights: Path, tmp_path: Path
         assert picture.width == pytest.approx(110 * (4 * 2.44 + 0.04), abs=2)
 
 
+def test_a_method_that_takes_no_odd_sides_is_left_out(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended the command after minutes, and nothing was written."""
+    even = Method(METHODS["volume"]["CG-SENSE"].solve, takes_odd_sides=False)
+    methods = {"zero-filled": METHODS["volume"]["zero-filled"], "even": even}
+    monkeypatch.setitem(METHODS, "volume", methods)
+    tuning = volumes(tmp_path / "tuning", 2)
+    for name, shape in (("scored", (5, 24, 23)), ("all_odd", (5, 24, 21))):
+        volumes(tmp_path / name, *([0] if name == "scored" else []))
+        nib.save(nib.Nifti1Image(phantom(shape, 1)[0], np.eye(4)), tmp_path / name / "t1.1.nii.gz")
+        options = {**SMALL, "device": "cpu", "amp": False, "ckpt_path": str(weights)}
+        bundle = BUNDLES / "knee_mri_recon_mel"
+        rows = score_reconstruction(bundle, tmp_path / name, tuning, tmp_path / f"{name}_out", (), **options)
+        expected = ["zero-filled", *(["even"] if name == "scored" else []), bundle.name]
+        assert [row["method"] for row in rows if row["case"] == rows[0]["case"]] == expected
+        assert "even" not in [row["method"] for row in rows if row["case"] == "t1.1"]
+        assert "Left out where a side of k-space is odd: even." in (tmp_path / f"{name}_out" / "scores.md").read_text()
+
+
 def test_slices_of_movies_are_named_by_their_files(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "movies").mkdir()
     for name in ("a", "b"):
