@@ -9,6 +9,7 @@ from typing import Any
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "SCAN_SUFFIXES",
     "Case",
     "as_list",
     "existing_folder",
@@ -19,6 +20,8 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".hdr")
+SCAN_SUFFIXES = (*IMAGE_SUFFIXES, ".nrrd", ".nhdr", ".mha", ".mhd")
+"""Of files in a folder that are taken for scans; data sets are of those above."""
 
 Case = dict[str, Any]
 

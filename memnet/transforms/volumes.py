@@ -21,6 +21,7 @@ from memnet.transforms.grids import file_grid, require_one_grid
 
 __all__ = ["LoadVolumed", "check_volume", "read_volume", "require_real_numbers"]
 
+_READ_BY_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _SIDES, _FARTHEST = (1e-3, 1e3), 1e5  # of voxels, and of the first one from the origin, mm
 # how many times smaller a file may be than what it holds; 1100 is what gzip makes of zeros, and a little more
 _MOST_COMPRESSED = {".nii": 1, ".img": 1, ".mgh": 1, ".gz": 1100, ".mgz": 1100}
@@ -31,8 +32,8 @@ def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
 
     Args:
         path: NIfTI (.nii, .nii.gz), Analyze (.hdr or .img) or another single-volume format of nibabel; ``file:2`` for one
-            volume of a 4D file, counted from 0; or a DICOM series: its folder, ``folder:UID``, or its only file, see
-            :func:`memnet.dicom.read_stack`.
+            volume of a 4D file, counted from 0; NRRD (.nrrd, .nhdr) or MetaImage (.mha, .mhd); or a DICOM series: its folder,
+            ``folder:UID``, or its only file, see :func:`memnet.dicom.read_stack`.
         constant: take a volume whose voxels are all the same, such as the label map of a healthy brain.
 
     Returns:
@@ -42,8 +43,12 @@ def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
     Raises:
         ValueError: naming the file, if it is missing, no such image, cut short, not 3D, not finite, or constant.
     """
-    is_dicom = Path(path).is_dir() or holds_dicom(path)
-    values, affine, space_code = _read_dicom(path) if is_dicom else _read_nifti(path)
+    read = _read_nifti
+    if Path(path).is_dir() or holds_dicom(path):
+        read = _read_dicom
+    elif Path(path).name.lower().endswith(_READ_BY_ITK):
+        read = _read_by_itk
+    values, affine, space_code = read(path)
     volume = check_volume(path, values, affine, constant)
     if space_code is not None:
         volume.meta["space_code"] = space_code
@@ -89,9 +94,35 @@ def check_volume(path: str | Path, values: np.ndarray, affine: np.ndarray, const
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(values))[None], affine=torch.from_numpy(affine), meta=meta)
 
 
-def _read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray, None]:
+def _read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray, int | None]:
     stack = read_stack(path)
     return read_pixels(stack), stack.affine, None
+
+
+def _read_by_itk(path: str | Path) -> tuple[np.ndarray, np.ndarray, int | None]:
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    import SimpleITK
+
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        image = SimpleITK.ReadImage(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not an NRRD or MetaImage file, or damaged ({_reason_of_itk(error)})") from error
+    shape, n_channels = image.GetSize(), image.GetNumberOfComponentsPerPixel()
+    if len(shape) != 3 or n_channels > 1:
+        raise ValueError(f"{path}: has shape {shape} of {n_channels} values each, expected a 3D volume")
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    values = SimpleITK.GetArrayFromImage(image).transpose().astype(np.float32)
+    return values, np.diag([-1.0, -1, 1, 1]) @ affine, None  # ITK counts to the left and to the back
+
+
+def _reason_of_itk(error: RuntimeError) -> str:
+    """Return the last line of an error, in which ITK says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, int | None]:

@@ -14,7 +14,7 @@ import nibabel as nib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from memnet.datasets import IMAGE_SUFFIXES, Case, as_list, existing_folder, read_datalist
+from memnet.datasets import SCAN_SUFFIXES, Case, as_list, existing_folder, read_datalist
 from memnet.dicom import holds_dicom, split_uid
 
 __all__ = ["find_scans", "list_scans", "tell_modality", "volumes_of"]
@@ -227,7 +227,7 @@ def _stem(path: str | Path) -> str:
     if path.is_dir():
         return path.name if path.name not in ("", ".", "..") else path.resolve().name
     name = path.name
-    return next((name[: -len(s)] for s in (*IMAGE_SUFFIXES, ".img") if name.lower().endswith(s)), Path(name).stem)
+    return next((name[: -len(s)] for s in (*SCAN_SUFFIXES, ".img") if name.lower().endswith(s)), Path(name).stem)
 
 
 def _search(folder: Path, names: list[str], modality: str | None, pattern: str, subfolders: bool) -> list[Row]:
@@ -239,17 +239,23 @@ def _search(folder: Path, names: list[str], modality: str | None, pattern: str, 
     if not rows:
         where = "its subfolders were searched, too" if subfolders else "subfolders are not searched"
         raise ValueError(
-            f"{folder}: no scan found (looked for {pattern} ending in {', '.join(IMAGE_SUFFIXES)}, and folders of DICOM files"
-            f"{'' if modality else ', with ' + ' or '.join(names) + ' in the name'}; {where})"
+            f"{folder}: no scan found (looked for {pattern} ending in {', '.join(SCAN_SUFFIXES)}, and folders of DICOM files"
+            f"{'' if modality else ', with ' + ' or '.join(names) + ' in the name'}; {where}){_others(folder)}"
         )
     return rows
+
+
+def _others(folder: Path) -> str:
+    """Say what of FreeSurfer's a folder holds, in which one volume lies beside dozens that were made of it."""
+    files = sorted(file.name for file in folder.iterdir() if file.name.endswith((".mgz", ".mgh")))
+    return f"; of files such as {files[0]} name the scan: --image {folder / files[0]}" if files else ""
 
 
 def _put_together(folder: Path, names: list[str], modality: str | None, pattern: str) -> list[Row]:
     subjects: dict[str, Row] = {}
     for file in sorted(folder.glob(pattern)):
         stem = _stem(file)
-        is_image = file.is_file() and file.name.lower().endswith(IMAGE_SUFFIXES) and not file.name.startswith(".")
+        is_image = file.is_file() and file.name.lower().endswith(SCAN_SUFFIXES) and not file.name.startswith(".")
         is_series = file.is_dir() and not file.name.startswith(".") and holds_dicom(file)
         if not (is_image or is_series) or _NOT_A_SCAN.search(stem):
             continue

@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from conftest import phantom
 from monai.transforms import Orientation
@@ -18,6 +19,7 @@ from memnet.transforms.grids import ToSpacingd
 from memnet.transforms.kspace_inputs import LoadKspaced
 from memnet.transforms.modalities import LoadModalitiesd
 from memnet.transforms.volumes import LoadVolumed, read_volume
+from memnet.workflow.scans import find_scans
 
 
 def test_reads_what_nibabel_reads(write_nifti: Callable[..., Path]) -> None:
@@ -25,6 +27,30 @@ def test_reads_what_nibabel_reads(write_nifti: Callable[..., Path]) -> None:
     volume = read_volume(write_nifti("a.nii.gz", phantom()[0].astype(np.int16), affine))
     assert volume.shape == (1, 20, 24, 22) and volume.dtype == torch.float32
     np.testing.assert_allclose(volume.affine, affine)
+
+
+@pytest.mark.parametrize("suffix", ["nrrd", "nhdr", "mha", "mhd"])
+def test_reads_what_slicer_writes(suffix: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 900, (6, 5, 4)).astype(np.int16)
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    image = SimpleITK.GetImageFromArray(values.transpose())
+    image.SetSpacing((0.9, 1.1, 2.5))
+    image.SetOrigin((-20.0, 30, 5))
+    image.SetDirection(turn.ravel().tolist())
+    SimpleITK.WriteImage(image, str(tmp_path / f"a.{suffix}"))
+    SimpleITK.WriteImage(image, str(tmp_path / "a.nii"))
+    volume, same = read_volume(tmp_path / f"a.{suffix}"), read_volume(tmp_path / "a.nii")
+    assert torch.equal(volume.as_tensor(), same.as_tensor())
+    np.testing.assert_allclose(volume.affine, same.affine, atol=1e-4)
+    (case,) = find_scans(dataset_dir=tmp_path, pattern=f"*.{suffix}")
+    assert case["output_name"] == "a"
+    (tmp_path / f"b.{suffix}").write_text("no image")
+    with pytest.raises(ValueError, match=f"b.{suffix}: not an NRRD or MetaImage file, or damaged"):
+        read_volume(tmp_path / f"b.{suffix}")
+    SimpleITK.WriteImage(SimpleITK.Compose(image, image), str(tmp_path / f"c.{suffix}"))
+    with pytest.raises(ValueError, match=f"c.{suffix}: has shape .* expected a 3D volume"):
+        read_volume(tmp_path / f"c.{suffix}")
 
 
 def test_reads_analyze_with_a_fourth_axis(iseg_folder: Path) -> None:

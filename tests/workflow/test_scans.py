@@ -66,6 +66,12 @@ def test_label_files_of_bids_are_no_scans(tmp_path: Path) -> None:
     assert Path(found["image"][0]).name == "sub-01_T1w.nii.gz"
 
 
+def test_freesurfers_files_are_named_one_by_one(tmp_path: Path) -> None:
+    touch(tmp_path, "orig.mgz", "aseg.mgz")
+    with pytest.raises(ValueError, match="no scan found .*; of files such as aseg.mgz name the scan: --image"):
+        find_scans(dataset_dir=tmp_path)
+
+
 def test_a_datalist_of_volumes_and_series_serves_training_too(tmp_path: Path) -> None:
     """Of the Decathlon's files, which hold all modalities, it is what a datalist must be; training refused it."""
     touch(tmp_path, *(f"{k}.nii.gz" for k in range(4)), *(f"{k}_seg.nii.gz" for k in range(4)))
