@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pickle
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ logger = logging.getLogger("memnet")
 
 _LAST, _BEST = "model_last.pt", "model_best.pt"
 _LENGTHS = {"T_max", "total_steps", "t_total"}  # of schedulers, epochs or steps
+_BEGUN = time.time()
 _claimed: dict[Path, int] = {}
 written: set[Path] = set()
 """Files from which a training of this process could go on."""
@@ -149,7 +151,8 @@ class TrainingCheckpoint:
         lr_scheduler: its scheduler, if any.
         evaluator: the validation engine, whose key metric decides what is best.
         random_transforms: transforms with ``set_random_state``.
-        resume: go on from ``model_last.pt``; otherwise files of an earlier training are kept as ``*.previous.pt``.
+        resume: go on from ``model_last.pt``; otherwise files of an earlier training are kept as ``*.previous.pt``, and its curves
+            in ``tensorboard.previous``.
         seed: seed of the training.
 
     Raises:
@@ -204,6 +207,7 @@ class TrainingCheckpoint:
                 if file.exists():
                     file.replace(file.with_suffix(".previous.pt"))
                     logger.warning("kept the earlier training's %s as %s", file, file.with_suffix(".previous.pt").name)
+            _put_curves_aside(self.last.parent / "tensorboard")
 
     def _restore(self, engine: Engine) -> None:
         load_weights(self.network, self.last)
@@ -305,6 +309,15 @@ class TrainingCheckpoint:
             logger.warning(
                 "%s: not written, since no epoch was validated (--val_interval); the last: %s", self.best, self.last
             )
+
+
+def _put_curves_aside(folder: Path) -> None:
+    """Move files that are older than this process out of a folder in which it writes already."""
+    aside = folder.with_name(f"{folder.name}.previous")
+    old = [file for file in folder.glob("events.out.tfevents.*") if file.stat().st_mtime < _BEGUN]
+    for file in old:
+        aside.mkdir(exist_ok=True)
+        file.replace(aside / file.name)
 
 
 def _not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:

@@ -21,6 +21,7 @@ from memnet.budget import parse_bytes
 from memnet.cli import main
 from memnet.diffusion.superresolution import TensorLoss
 from memnet.nets.packed import PackedMoDL, pack
+from memnet.overrides import read_override
 
 CONTENT: dict[str, Any] = {
     "network_name": "fully",
@@ -153,6 +154,15 @@ def test_overrides_are_those_of_the_bundle():
     plan = plan._replace(patch=(9, 9, 9), batch=12)
     assert superres.overrides(plan) == "--patch_size 9 --memory checkpoint --amp false"
     assert superres.overrides(plan._replace(patch=(9, 9, 7))).startswith('--patch_size "[9, 9, 7]" --memory')
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("False", False), ("true", True), ("None", None), ("null", None), ("3", 3), ("[1, 2]", [1, 2]), ("Fully", "Fully")],
+)
+def test_words_of_overrides_are_what_monais_command_line_takes_them_for(word, value):
+    """``vae=False`` was a word, and true."""
+    assert read_override(f"a#b={word}") == ("a#b", value)
 
 
 def test_overrides_are_those_of_the_step_that_was_planned(config):

@@ -1,6 +1,8 @@
 """Files of a training: whole trainings go on from them, loadable where its GPU is not, and never of one that has diverged."""
 
 import logging
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +55,18 @@ def test_a_resumed_training_has_all_epochs_whatever_their_steps(n_steps, tmp_pat
     assert seen == [3, 4] and state["epoch"] == 4 and state["iteration"] == 4 * n_steps
     assert state["lr_scheduler"]["_last_lr"] == [0]
     assert ("an epoch had 3 steps and has" in caplog.text) == (n_steps != 3)
+
+
+def test_curves_of_an_earlier_training_are_put_aside(tmp_path):
+    """They were drawn over each other."""
+    (tmp_path / "tensorboard").mkdir()
+    for name, age in (("earlier", 3600), ("own", 0)):
+        file = tmp_path / "tensorboard" / f"events.out.tfevents.{name}"
+        file.touch()
+        os.utime(file, (time.time() - age,) * 2)
+    train(tmp_path, 1, epochs=1, resume=False)
+    assert [f.name for f in (tmp_path / "tensorboard").iterdir()] == ["events.out.tfevents.own"]
+    assert [f.name for f in (tmp_path / "tensorboard.previous").iterdir()] == ["events.out.tfevents.earlier"]
 
 
 def test_weights_of_a_diverged_training_are_not_saved(tmp_path):
