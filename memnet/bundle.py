@@ -35,12 +35,13 @@ from memnet.workflow.settings import (
     check_values,
     check_weights,
     read_words,
+    typed_settings,
 )
 
 __all__ = ["bundle_root", "end", "hide_warnings_of_monai", "input_error", "rank", "refused_input", "start"]
 
 _INTERRUPTED = 130  # a shell's code for Ctrl-C
-_PATIENCE = 5  # with what is to be done at exit, s
+_PATIENCE = 5  # with what is to be done at exit, of who presses Ctrl-C, s
 _PACKAGE = str(Path(__file__).parent)
 # what a system says of its disks and folders, of which no program is to blame
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -68,7 +69,7 @@ def start() -> str:
     if workflow is not None:
         if _is_command():
             check_launcher(workflow)
-        check_overrides(workflow, _is_command())
+        check_overrides(workflow, typed_settings(sys.argv) if _is_command() else ())
         read_words(workflow)
         check_values(workflow)
         if _is_command() and "output_dir" in workflow.parser:
@@ -209,7 +210,7 @@ def _check_network(workflow: ConfigWorkflow) -> None:
 def _print_input_error(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         print(f"interrupted{_how_to_go_on(where)}", file=sys.stderr)
-        _exit_at_once(_INTERRUPTED)
+        _exit_at_once(_INTERRUPTED, _PATIENCE)
         return
     found = input_error(error)
     if found is None:
@@ -242,11 +243,11 @@ def _how_to_go_on(where: TracebackType | None) -> str:
     return f"; the same command with --resume true goes on from {last}" if last.resolve() in written else ""
 
 
-def _exit_at_once(code: int) -> None:
+def _exit_at_once(code: int, patience: float | None = None) -> None:
     """End the process without taking the interpreter down, which threads at work in libraries do not survive."""
     at_exit = threading.Thread(target=atexit._run_exitfuncs, daemon=True)  # such as files of events to be completed
     at_exit.start()
-    at_exit.join(_PATIENCE)
+    at_exit.join(patience)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -141,13 +141,32 @@ def test_a_mask_in_the_plane_of_a_movie_is_its_mask(kind: str, tmp_path: Path) -
     np.testing.assert_array_equal(loaded["mask"][0].numpy(), taken.transpose(2, 0, 1))
 
 
+@pytest.mark.parametrize("kind", ["zeros by chance", "padded readouts", "whole"])
+def test_zeros_of_a_fully_sampled_movie_are_samples(kind: str, tmp_path: Path) -> None:
+    """Rounded to whole numbers, some are zero in all coils; readouts may be padded to both sides."""
+    kspace = noise(16, 10, 2, 1, 4)
+    if kind == "zeros by chance":
+        kspace *= (np.random.default_rng(0).uniform(size=(16, 10, 1, 1, 4)) > 0.1).astype(np.float32)
+    elif kind == "padded readouts":
+        kspace = np.pad(kspace, [(8, 8), *[(0, 0)] * 4])
+    cmrxrecon(tmp_path / "in.mat", kspace)
+    loaded = LoadKspaced("kspace", movie=True)({"kspace": str(tmp_path / "in.mat")})
+    assert loaded["mask"].shape == (1, 4, 1, 10) and bool(loaded["mask"].all())
+
+
 def test_a_volume_with_other_samples_missing_of_each_readout_is_refused(tmp_path: Path) -> None:
     taken = np.random.default_rng(1).uniform(size=(12, 10, 8)) < 0.5
     write_cfl(tmp_path / "in.cfl", noise(12, 10, 8, 2) * taken[..., None])
-    with pytest.raises(ValueError, match="of its readouts along x some samples are missing, of each others"):
+    with pytest.raises(ValueError, match="of its readouts along x samples are missing in between"):
+        LoadKspaced("kspace")({"kspace": str(tmp_path / "in.cfl")})
+    kspace = noise(12, 10, 8, 2) * taken[:1, ..., None]
+    kspace[1::2] = 0
+    write_cfl(tmp_path / "in.cfl", kspace)
+    with pytest.raises(ValueError, match="samples are missing in between"):
         LoadKspaced("kspace")({"kspace": str(tmp_path / "in.cfl")})
     kspace = noise(12, 10, 8, 2) * taken[:1, ..., None]
     kspace[:4] = 0  # an asymmetric echo
+    kspace[5, 3, 2] = 0  # and a zero by chance
     write_cfl(tmp_path / "in.cfl", kspace)
     mask = LoadKspaced("kspace")({"kspace": str(tmp_path / "in.cfl")})["mask"]
     np.testing.assert_array_equal(mask[0, 0].numpy(), taken[0])
@@ -162,6 +181,10 @@ def test_every_slice_of_a_movie_is_a_case(tmp_path: Path) -> None:
         rows = file["dataset/data"][()]
         rows = np.concatenate([rows, rows])
         rows["head"]["idx"]["slice"] = np.repeat([2, 5], len(rows) // 2)
+        reference = rows[:4].copy()  # of other slices, in another encoding space
+        reference["head"]["idx"]["slice"] = [6, 7, 8, 9]
+        reference["head"]["flags"], reference["head"]["encoding_space_ref"] = 1 << 19, 1
+        rows = np.concatenate([rows, reference])
         del file["dataset/data"]
         file["dataset"].create_dataset("data", data=rows)
     cases = find_reconstruction_cases(tmp_path, movie=True, subset="all")["validation"]

@@ -99,17 +99,16 @@ def require_split(cases: Split, file: str | Path, resume: bool = False) -> Split
 class SplitKeeper:
     """Handler that writes down which subjects a training has, for :func:`tell_seen`.
 
-    To be attached after the one that claims the folder, :class:`memnet.workflow.checkpoints.TrainingCheckpoint`; the file of an
-    earlier training is kept as ``*.previous.json``, beside its weights.
+    To be attached after the one that claims the folder, :class:`memnet.workflow.checkpoints.TrainingCheckpoint`, which puts an
+    earlier training's aside with its weights.
 
     Args:
         cases: see :func:`memnet.datasets.diffusion.find_tensor_cases`.
         file: JSON, beside the weights: for each section the subjects' names, which may have moved when it goes on, and files.
-        resume: whether the training goes on.
     """
 
-    def __init__(self, cases: Split, file: str | Path, resume: bool = False) -> None:
-        self.cases, self.file, self.resume = cases, Path(file), resume
+    def __init__(self, cases: Split, file: str | Path) -> None:
+        self.cases, self.file = cases, Path(file)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -120,8 +119,6 @@ class SplitKeeper:
         series = _series(self.cases)
         if rank() != 0 or not any(series.values()):
             return
-        if self.file.exists() and not self.resume:
-            self.file.replace(self.file.with_suffix(".previous.json"))
         with whole_file(self.file) as partial:
             partial.write_text(json.dumps(series, indent=1), encoding="utf-8")
 

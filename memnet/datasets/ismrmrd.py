@@ -17,19 +17,18 @@ from memnet.datasets.ismrmrd_header import Encoding, read_encoding
 from memnet.whole_files import whole_file
 
 __all__ = [
-    "NOT_IMAGE",
     "RawData",
     "check_samples",
     "crop_field_of_view",
     "read_ismrmrd",
-    "support_of",
+    "slices_of_ismrmrd",
     "write_ismrmrd",
 ]
 
 logger = logging.getLogger("memnet")
 
 _MOST_COILS = 256  # twice those of the largest arrays that are built
-_WHOLE = 0.99  # of the samples of readouts that are taken for whole ones
+_WHOLE = 0.98  # of the samples of readouts: one at an end may be missing
 _MOST_UNDERSAMPLED = 256  # times as many samples in the matrix as in the file
 _COUNTERS = "kspace_encode_step_1 kspace_encode_step_2 average slice contrast phase repetition set segment".split()
 _INDEX = np.dtype([(name, "<u2") for name in _COUNTERS] + [("user", "<u2", 8)])
@@ -62,7 +61,7 @@ _HEADER = np.dtype(
     ]
 )
 # readouts that are no image data: noise, navigators, phase correction, feedback, dummies, surface coil correction
-NOT_IMAGE = sum(1 << (flag - 1) for flag in (19, 23, 24, 26, 27, 28, 29, 30, 31))
+_NOT_IMAGE = sum(1 << (flag - 1) for flag in (19, 23, 24, 26, 27, 28, 29, 30, 31))
 _CALIBRATION_ALONE = 1 << (20 - 1)
 _REVERSED = 1 << (22 - 1)
 
@@ -79,8 +78,7 @@ class RawData:
         is_stack: whether x counts the slices of a 2D scan, which need no transform, rather than samples of the readout.
         calibration: complex64 ``(coils, x, y, z)``, a reference scan of its own that coil maps may come of, zero where nothing
             was sampled; ``None`` where there is none.
-        support: bool ``(frames, x, y, z)``, which samples of the readouts were taken, see :func:`support_of`; ``None`` where
-            they are whole.
+        support: bool ``(frames, x, y, z)``, which samples of the readouts were taken; ``None`` where they are whole.
     """
 
     kspace: np.ndarray
@@ -89,20 +87,6 @@ class RawData:
     is_stack: bool = False
     calibration: np.ndarray | None = None
     support: np.ndarray | None = None
-
-
-def support_of(kspace: np.ndarray, sampled: np.ndarray) -> np.ndarray | None:
-    """Tell which samples were taken where readouts are not whole, as with an asymmetric echo or a mask in the plane.
-
-    Args:
-        kspace: complex ``(frames, coils, x, y, z)``, zero where nothing was sampled.
-        sampled: bool ``(frames, y, z)``.
-
-    Returns:
-        Bool ``(frames, x, y, z)``; ``None`` where less than a hundredth of the readouts is zero, as single samples may be.
-    """
-    support = (kspace != 0).any(1)
-    return None if support.sum() >= _WHOLE * sampled.sum() * kspace.shape[2] else support
 
 
 def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
@@ -130,13 +114,10 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
     """
     path = Path(path)
     xml, heads, data = _read_hdf5(path)
-    chosen = (heads["flags"] & np.uint64(NOT_IMAGE)) == 0
+    chosen = (heads["flags"] & np.uint64(_NOT_IMAGE)) == 0
     if not chosen.any():
         raise ValueError(f"{path}: holds no readout of image data")
-    # a reference scan may be encoded in another way, and have more readouts than the image
-    alone = (heads["flags"] & np.uint64(_CALIBRATION_ALONE)) != 0
-    of_image = chosen & ~alone if (chosen & ~alone).any() else chosen
-    space = int(np.bincount(heads["encoding_space_ref"][of_image]).argmax())
+    space = _space_of_image(heads, chosen)
     chosen &= heads["encoding_space_ref"] == space
     encoding = read_encoding(path, xml, space)
     matrix, fov = encoding.matrix, encoding.fov
@@ -169,9 +150,8 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
             f"{path}: holds {n_there} samples, its header a matrix of {matrix} for {n_coils} coils and {frames.max() + 1} "
             "frames; is it damaged?"
         )
-    kspace, sampled = _gridded(path, heads, data, frames, encoding)
+    kspace, sampled, support = _gridded(path, heads, data, frames, encoding)
     check_samples(path, kspace, 1)
-    support = support_of(kspace, sampled)
     calibration = _calibration(path, *reference, n_coils, encoding)
     wanted = round(matrix[0] * encoding.recon_fov_x / fov[0])
     if 0 < wanted < matrix[0]:
@@ -182,6 +162,24 @@ def read_ismrmrd(path: str | Path, slice_index: int | None = None) -> RawData:
         calibration = None if calibration is None else crop_field_of_view(calibration, wanted, 1)
     affine = _affine(path, heads[0], kspace.shape[2:], fov)
     return RawData(kspace, sampled, affine, calibration=calibration, support=support)
+
+
+def slices_of_ismrmrd(path: str | Path) -> list[int]:
+    """Return which slices of the image a file has, those that :func:`read_ismrmrd` takes.
+
+    Raises:
+        ValueError: the file is damaged, or no ISMRMRD.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            heads = file["dataset/data"].fields("head")[()]
+        chosen = (heads["flags"] & np.uint64(_NOT_IMAGE | _CALIBRATION_ALONE)) == 0
+        if not chosen.any():
+            return []
+        chosen &= heads["encoding_space_ref"] == _space_of_image(heads, chosen)
+        return [int(number) for number in np.unique(heads["idx"]["slice"][chosen])]
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no ISMRMRD file, or damaged ({error})") from error
 
 
 def check_samples(path: Path, kspace: np.ndarray, coil_axis: int) -> None:
@@ -301,6 +299,12 @@ def _read_hdf5(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
     return xml if isinstance(xml, bytes) else str(xml).encode(), rows["head"], rows["data"]
 
 
+def _space_of_image(heads: np.ndarray, chosen: np.ndarray) -> int:
+    """Return the image's encoding space: a reference scan may have another one, and more readouts than the image."""
+    of_image = chosen & ((heads["flags"] & np.uint64(_CALIBRATION_ALONE)) == 0)
+    return int(np.bincount(heads["encoding_space_ref"][of_image if of_image.any() else chosen]).argmax())
+
+
 def _first(path: Path, counters: np.ndarray, chosen: np.ndarray, name: str) -> np.ndarray:
     values = np.unique(counters[name][chosen])
     if len(values) > 1:
@@ -335,8 +339,11 @@ def _places(heads: np.ndarray, encoding: Encoding) -> list[np.ndarray]:
 
 def _gridded(
     path: Path, heads: np.ndarray, data: np.ndarray, frames: np.ndarray, encoding: Encoding
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return k-space ``(frames, coils, x, y, z)``, averaged where readouts repeat, and what was sampled, ``(frames, y, z)``."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return k-space ``(frames, coils, x, y, z)``, averaged where readouts repeat, and what was sampled, ``(frames, y, z)``.
+
+    And which samples were, ``(frames, x, y, z)``, or ``None`` where all readouts are whole.
+    """
     n_coils, (n_x, *steps) = int(heads["active_channels"][0]), encoding.matrix
     kspace = np.zeros((frames.max() + 1, *steps, n_coils, n_x), dtype=np.complex64)
     count = np.zeros(kspace.shape[:3], dtype=np.uint16)
@@ -344,11 +351,20 @@ def _gridded(
         1 - 2 * (heads["idx"][f"kspace_encode_step_{i}"] % 2 * encoding.chopped[i - 1]).astype(int) for i in (1, 2)
     ]
     places = zip(frames, *_places(heads, encoding), signs[0] * signs[1], strict=True)
+    support = np.zeros((*kspace.shape[:3], n_x), dtype=bool)
     for head, values, (frame, y, z, sign) in zip(heads, data, places, strict=True):
-        kspace[frame, y, z] += sign * _readout(path, head, values, n_coils, n_x, encoding.has_pilot_tone)
+        readout, taken = _readout(path, head, values, n_coils, n_x, encoding.has_pilot_tone)
+        kspace[frame, y, z] += sign * readout
+        support[frame, y, z, taken] = True
         count[frame, y, z] += 1
     kspace /= np.maximum(count, 1)[..., None, None]
-    return np.ascontiguousarray(kspace.transpose(0, 3, 4, 1, 2)), count > 0
+    sampled = count > 0
+    is_whole = support[sampled].mean() >= _WHOLE
+    return (
+        np.ascontiguousarray(kspace.transpose(0, 3, 4, 1, 2)),
+        sampled,
+        None if is_whole else np.ascontiguousarray(support.transpose(0, 3, 1, 2)),
+    )
 
 
 def _calibration(
@@ -366,8 +382,10 @@ def _calibration(
     return kspace
 
 
-def _readout(path: Path, head: np.void, values: np.ndarray, n_coils: int, n: int, has_pilot_tone: bool) -> np.ndarray:
-    """Return the samples ``(coils, n)`` of one readout with its centre at index ``n // 2``."""
+def _readout(
+    path: Path, head: np.void, values: np.ndarray, n_coils: int, n: int, has_pilot_tone: bool
+) -> tuple[np.ndarray, slice]:
+    """Return the samples ``(coils, n)`` of one readout with its centre at index ``n // 2``, and which of them it took."""
     n_samples = int(head["number_of_samples"])
     if len(values) != 2 * n_coils * n_samples:
         raise ValueError(
@@ -394,8 +412,9 @@ def _readout(path: Path, head: np.void, values: np.ndarray, n_coils: int, n: int
             "order of the dimensions another one?"
         )
     readout = np.zeros((n_coils, n), dtype=np.complex64)
-    readout[:, start : start + samples.shape[1]] = samples
-    return readout
+    taken = slice(start, start + samples.shape[1])
+    readout[:, taken] = samples
+    return readout, taken
 
 
 def _affine(path: Path, head: np.void, matrix: tuple[int, ...], fov: list[float]) -> np.ndarray:

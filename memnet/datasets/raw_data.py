@@ -11,7 +11,7 @@ import numpy as np
 from monai.apps.reconstruction.fastmri_reader import FastMRIReader
 
 from memnet.datasets.bart import read_cfl
-from memnet.datasets.ismrmrd import NOT_IMAGE, RawData, check_samples, crop_field_of_view, read_ismrmrd, support_of
+from memnet.datasets.ismrmrd import RawData, check_samples, crop_field_of_view, read_ismrmrd, slices_of_ismrmrd
 
 __all__ = ["read_bart", "read_cmrxrecon", "read_fastmri", "read_raw_data", "slices_of"]
 
@@ -19,6 +19,7 @@ logger = logging.getLogger("memnet")
 
 _NAMESPACE = "{http://www.ismrm.org/ISMRMRD}"
 _BART_DIMENSIONS = (0, 1, 2, 3, 10)  # x, y, z, coils, time
+_LEAST_TAKEN = 0.75  # of the samples of readouts without a mask in the plane
 _NO_GEOMETRY = "%s: says nothing of voxels and axes; the image gets voxels of 1 mm and the axes of the scanner"
 
 
@@ -134,7 +135,7 @@ def read_cmrxrecon(path: str | Path, slice_index: int | None = None) -> RawData:
     check_samples(path, kspace, 1)
     logger.warning(_NO_GEOMETRY, path)
     sampled = (kspace != 0).any((1, 2))
-    support = support_of(kspace, sampled)
+    support = _support(kspace, sampled)
     return RawData(np.ascontiguousarray(kspace), sampled, _centred(np.eye(4), kspace.shape), support=support)
 
 
@@ -165,7 +166,12 @@ def read_bart(path: str | Path) -> RawData:
     check_samples(path, kspace, 1)
     logger.warning(_NO_GEOMETRY, path)
     sampled = (kspace != 0).any((1, 2))
-    return RawData(kspace, sampled, _centred(np.eye(4), kspace.shape), support=support_of(kspace, sampled))
+    support = _support(kspace, sampled)
+    if support is not None and kspace.shape[4] > 1:
+        raise ValueError(
+            f"{path}: of its readouts along x samples are missing in between; a volume is undersampled along y and z"
+        )
+    return RawData(kspace, sampled, _centred(np.eye(4), kspace.shape), support=support)
 
 
 def slices_of(path: str | Path) -> list[int]:
@@ -188,13 +194,27 @@ def slices_of(path: str | Path) -> list[int]:
         return list(range(shape[1])) if len(shape) > 3 else []
     if path.suffix != ".h5" or "dataset" not in _names(path):
         return []
-    try:
-        with h5py.File(path, "r") as file:
-            heads = file["dataset/data"].fields("head")[()]
-        chosen = heads["flags"] & np.uint64(NOT_IMAGE) == 0
-        return [int(number) for number in np.unique(heads["idx"]["slice"][chosen])]
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: no ISMRMRD file, or damaged ({error})") from error
+    return slices_of_ismrmrd(path)
+
+
+def _support(kspace: np.ndarray, sampled: np.ndarray) -> np.ndarray | None:
+    """Tell which samples of readouts were taken where a mask in the plane leaves some out, of formats that do not say.
+
+    Args:
+        kspace: complex ``(frames, coils, x, y, z)``, zero where nothing was sampled.
+        sampled: bool ``(frames, y, z)``.
+
+    Returns:
+        Bool ``(frames, x, y, z)``; ``None`` where few samples are zero, as some are by chance, or at the ends of all readouts
+        alike, as where these are padded.
+    """
+    support = (kspace != 0).any(1)
+    lines = np.broadcast_to(sampled[:, None], support.shape)
+    if support.sum() >= _LEAST_TAKEN * lines.sum():
+        return None
+    common = np.flatnonzero(support.any((0, 2, 3)))
+    within = support[:, common[0] : common[-1] + 1], lines[:, common[0] : common[-1] + 1]
+    return None if within[0].sum() >= _LEAST_TAKEN * within[1].sum() else support
 
 
 def _names(path: Path) -> list[str]:

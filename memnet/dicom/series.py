@@ -127,8 +127,11 @@ def _is_dicom(file: Path) -> bool:
         start = stream.read(132)
     if start[128:] == b"DICM" or start[:4] not in _STARTS_OF_OLD_FILES:
         return start[128:] == b"DICM"
-    with guarded(file):
-        return "SOPClassUID" in read_header(file, ["SOPClassUID"])
+    try:
+        with guarded(file):
+            return "SOPClassUID" in read_header(file, ["SOPClassUID"])
+    except DicomError:
+        return False
 
 
 def read_header(file: Path, tags: list[str] | None = None) -> pydicom.FileDataset:

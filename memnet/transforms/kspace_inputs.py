@@ -97,14 +97,6 @@ class LoadKspaced(MapTransform):
             movie = kspace[..., 0].movedim(0, 1).contiguous()
             mask = sampled[:, None] if raw.support is None else torch.from_numpy(raw.support)
             return movie, mask[None, ..., 0], raw.affine, calibration, False
-        if raw.support is not None:
-            # along a readout nothing is left out but its ends, which the transform to slices takes for zero
-            taken = raw.support[0] == (raw.sampled[0, None] & raw.support[0].any((1, 2))[:, None, None])
-            if not taken.all():
-                raise ValueError(
-                    f"{path}: of its readouts along x some samples are missing, of each others; a volume is undersampled along "
-                    "y and z"
-                )
         volume = kspace[0] if raw.is_stack else kspace_to_image(kspace[0], (1,))
         calibration = None if calibration is None else kspace_to_image(calibration, (1,))
         return volume, sampled[0][None, None], raw.affine, calibration, raw.is_stack

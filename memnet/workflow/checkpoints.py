@@ -154,6 +154,7 @@ class TrainingCheckpoint:
         resume: go on from ``model_last.pt``; otherwise files of an earlier training are kept as ``*.previous.pt``, and its curves
             in ``tensorboard.previous``.
         seed: seed of the training.
+        beside: names of further files in the folder that belong to weights, and go aside with them.
 
     Raises:
         ValueError: with ``resume``, if there is nothing to resume, or on starting if it was planned for another number of
@@ -171,6 +172,7 @@ class TrainingCheckpoint:
         random_transforms: Any = None,
         resume: bool = False,
         seed: int = 0,
+        beside: Sequence[str] = (),
     ) -> None:
         self.last, self.best = Path(save_dir) / _LAST, Path(save_dir) / _BEST
         self.network = network
@@ -180,6 +182,7 @@ class TrainingCheckpoint:
         self.random_transforms = random_transforms
         self.resume = resume
         self.seed = seed
+        self.beside = [Path(save_dir) / name for name in beside]
         self._validated: list[str] = []
         if resume:
             resumable(save_dir)
@@ -203,10 +206,11 @@ class TrainingCheckpoint:
         if self.resume:
             self._restore(engine)
         elif rank() == 0:
-            for file in (self.last, self.best):
-                if file.exists():
-                    file.replace(file.with_suffix(".previous.pt"))
-                    logger.warning("kept the earlier training's %s as %s", file, file.with_suffix(".previous.pt").name)
+            weights = [file for file in (self.last, self.best) if file.exists()]
+            for file in [*weights, *(file for file in self.beside if weights and file.exists())]:
+                aside = file.with_name(f"{file.stem}.previous{file.suffix}")
+                file.replace(aside)
+                logger.warning("kept the earlier training's %s as %s", file, aside.name)
             _put_curves_aside(self.last.parent / "tensorboard")
 
     def _restore(self, engine: Engine) -> None:
@@ -252,11 +256,11 @@ class TrainingCheckpoint:
         """Refuse to go on with another learning rate or other cases to validate with, which the file's would override."""
         groups = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False)
         for before, now in groups:
-            rate = "initial_lr" if "initial_lr" in before else "lr"
-            if rate in now and not math.isclose(before[rate], now[rate]):
+            name = "initial_lr"  # which a schedule notes
+            if name in before and name in now and not math.isclose(before[name], now[name]):
                 raise ValueError(
-                    f"{self.last}: its learning rate began at {before[rate]:g}, that of the training to go on with at "
-                    f"{now[rate]:g}; resume it with the same, or begin anew with its weights: --pretrained {self.last}"
+                    f"{self.last}: its learning rate began at {before[name]:g}, that of the training to go on with at "
+                    f"{now[name]:g}; resume it with the same, or begin anew with its weights: --pretrained {self.last}"
                 )
         changed = sorted(set(state.get("validated", self._validated)) ^ set(self._validated))
         if changed:
@@ -326,15 +330,19 @@ def _not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def _names_of_cases(evaluator: Evaluator | None) -> list[str]:
-    """Return the names of the files that an evaluator's cases are of, and their slices; those in memory have none."""
+    """Return the names of the files that an evaluator's cases are of, in their folder, and their slices.
+
+    Cases in memory have none; where the folder is does not matter.
+    """
     data = getattr(getattr(getattr(evaluator, "data_loader", None), "dataset", None), "data", None)
-    names = []
+    files: list[tuple[Path, str]] = []
     for case in data if isinstance(data, Sequence) else []:
         file = case.get("image", case.get("label")) if isinstance(case, Mapping) else None
         file = next((f for f in file if f is not None), None) if isinstance(file, (list, tuple)) else file
         if isinstance(file, (str, Path)):
-            names.append(f"{Path(file).parent.name}/{Path(file).name} {case.get('slice_index', '')}".strip())
-    return names
+            files.append((Path(file).absolute(), f" {case.get('slice_index', '')}".rstrip()))
+    folder = os.path.commonpath([file.parent for file, _ in files]) if files else ""
+    return [f"{file.relative_to(folder)}{which}" for file, which in files]
 
 
 def _save(content: Any, target: Path) -> None:

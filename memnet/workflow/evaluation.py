@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from ignite.engine import Engine, Events
 from monai import handlers
+from monai.engines.utils import IterationEvents
 
 from memnet.whole_files import NotWrittenError
 
@@ -21,44 +21,43 @@ class ValidationHandler(handlers.ValidationHandler):
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
+        if not self.epoch_level:
+            super().attach(engine)
+            return
         engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=self._is_due), self)
+        if self.exec_at_start:
+            engine.add_event_handler(Events.STARTED, self)
 
     def _is_due(self, engine: Engine, epoch: int) -> bool:
         return epoch % self.interval == 0 or epoch == engine.state.max_epochs
 
 
 class RequireFinite:
-    """Handler that ends an evaluation at an output that is not finite, which MONAI's means leave out without a word.
-
-    Args:
-        keys: the entries to look at.
+    """Handler that ends an evaluation at an output that is not finite, which would pass for a class, or be left out of a mean.
 
     Raises:
         ValueError: in the run, naming the case.
     """
 
-    def __init__(self, keys: Sequence[str] = ("pred",)) -> None:
-        self.keys = keys
-
     def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        """Attach to a MONAI evaluator."""
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Look at the outputs of an iteration."""
-        for case in cast(list[dict[str, Any]], engine.state.output):
-            for key in self.keys:
-                values = torch.as_tensor(case[key])
-                n_bad = int((~torch.isfinite(values)).sum())
-                if n_bad:
-                    name = case["image"].meta.get("filename_or_obj", "image")
-                    raise ValueError(
-                        f"{name}: {n_bad} of {values.numel()} values of the output are NaN or infinite; there is no score"
-                    )
+        """Look at the network's output, before it is processed."""
+        output = cast(dict[str, Any], engine.state.output)
+        found = output["pred"][0] if isinstance(output["pred"], (tuple, list)) else output["pred"]
+        n_bad = int((~torch.isfinite(torch.as_tensor(found))).sum())
+        if n_bad:
+            files = getattr(output["image"], "meta", {}).get("filename_or_obj", "image")
+            name = ", ".join(map(str, files)) if isinstance(files, (list, tuple)) else files
+            raise ValueError(
+                f"{name}: {n_bad} of {found.numel()} values of the output are NaN or infinite; there is no score"
+            )
 
 
 class MetricsSaver(handlers.MetricsSaver):
-    """MONAI's handler, whose tables are complete, all of one run, or those that were there before.
+    """MONAI's handler, which writes all its tables or, where it cannot, none.
 
     Raises:
         NotWrittenError: they cannot be written, naming the folder.

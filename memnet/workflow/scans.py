@@ -14,7 +14,7 @@ import nibabel as nib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from memnet.datasets import SCAN_SUFFIXES, Case, as_list, existing_folder, read_datalist
+from memnet.datasets import IMAGE_SUFFIXES, SCAN_SUFFIXES, Case, as_list, existing_folder, read_datalist
 from memnet.dicom import holds_dicom, split_uid
 
 __all__ = ["find_scans", "list_scans", "tell_modality", "volumes_of"]
@@ -36,12 +36,13 @@ _NONE_OF_IT, _POST_SOMETHING_ELSE = {"PRE", "NON", "NO", "WITHOUT"}, {"OP", "SUR
 _WORD = re.compile(r"[^-_.+ ()]+")
 # BIDS: a name of entities with values, of which those of a session (ses-T1) or a space (space-T1w) say nothing of the modality
 _BIDS = re.compile(r"sub-[^-_]+(_[A-Za-z]+-[^-_]+)*_[A-Za-z0-9]+")
-_OTHER_ENTITIES = re.compile(r"(?<![^_])(?:sub|ses|space|from|to|desc|label|atlas|task|run)-[^-_]*", re.IGNORECASE)
+_OTHER_ENTITIES = re.compile(r"(?<![^_])(?:ses|space|from|to|label|atlas|task|run)-[^-_]*", re.IGNORECASE)
 # files that lie beside the scans but are not scans
 _NOT_A_SCAN = re.compile(
-    r"[-_.](labels?|d?segm?|segmentation|classified|(brain)?mask|tissue|tumor|probseg|aseg|aparc\S*|roi)$",
+    r"[-_.](labels?|d?segm?|segmentation|classified|(brain)?mask|tissue|tumor|probseg|aseg|aparc\S*)$",
     re.IGNORECASE,
 )
+_SECOND = tuple(set(SCAN_SUFFIXES) - set(IMAGE_SUFFIXES))
 _DEPTH = 3  # folders down
 
 Files = str | Path | Sequence[str | Path] | None
@@ -253,7 +254,8 @@ def _others(folder: Path) -> str:
 
 def _put_together(folder: Path, names: list[str], modality: str | None, pattern: str) -> list[Row]:
     subjects: dict[str, Row] = {}
-    for file in sorted(folder.glob(pattern)):
+    # of one scan in several formats the first of these
+    for file in sorted(folder.glob(pattern), key=lambda file: (file.name.lower().endswith(_SECOND), file)):
         stem = _stem(file)
         is_image = file.is_file() and file.name.lower().endswith(SCAN_SUFFIXES) and not file.name.startswith(".")
         is_series = file.is_dir() and not file.name.startswith(".") and holds_dicom(file)
@@ -268,8 +270,12 @@ def _put_together(folder: Path, names: list[str], modality: str | None, pattern:
             continue
         channel = names.index(told or str(modality))
         row = subjects.setdefault(subject, [None] * len(names))
-        if row[channel] is not None:
-            raise ValueError(f"{file}: a second file of the same subject and modality as {row[channel]}")
+        before = row[channel]
+        if before is not None and _stem(before) == stem and not is_series:
+            logger.warning("%s: left out, the same as %s in another format", file, before)
+            continue
+        if before is not None:
+            raise ValueError(f"{file}: a second file of the same subject and modality as {before}")
         row[channel] = str(file)
     return list(subjects.values())
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ __all__ = [
     "check_values",
     "check_weights",
     "read_words",
+    "typed_settings",
 ]
 
 # ids that MONAI itself adds to a config
@@ -60,14 +61,15 @@ def check_launcher(workflow: ConfigWorkflow) -> None:
             "multi_gpu_train.json is for several processes: start it by torchrun --standalone --nproc_per_node N -m monai.bundle "
             "run ..., or leave it out"
         )
-    if n_processes > 1 and not joins:
+    if n_processes > 1 and "LOCAL_RANK" in os.environ and not joins:
+        several = "; for several give \"['configs/train.json','configs/multi_gpu_train.json']\" as --config_file"
         raise ValueError(
-            f"torchrun has started {n_processes} processes, and this config is for one; for several give "
-            "\"['configs/train.json','configs/multi_gpu_train.json']\" as --config_file"
+            f"torchrun has started {n_processes} processes, and this config is for one"
+            + (several if workflow.run_id == "training" else ": run it without torchrun")
         )
 
 
-def check_overrides(workflow: ConfigWorkflow, of_command: bool = False) -> None:
+def check_overrides(workflow: ConfigWorkflow, typed: Collection[str] = ()) -> None:
     """Refuse an override whose key exists nowhere or is not read, which MONAI would take without a word.
 
     A key is known if one of the bundle's configs in use has it, which are those with nothing that is missing here, or if the
@@ -75,8 +77,8 @@ def check_overrides(workflow: ConfigWorkflow, of_command: bool = False) -> None:
 
     Args:
         workflow: the workflow with its overrides applied.
-        of_command: refuse a setting, too, that other than in the bundle's configs is of no use to what is to be run, such as
-            ``pretrained`` to an evaluation; hosts set some whether they are of use or not.
+        typed: settings that the command line has, see :func:`typed_settings`; refuse one, too, that is of no use to what is to
+            be run, such as ``pretrained`` to an evaluation. Hosts set some whether they are of use or not.
 
     Raises:
         ValueError: naming the key and the nearest known one; or what is to be run is not in the config.
@@ -101,8 +103,8 @@ def check_overrides(workflow: ConfigWorkflow, of_command: bool = False) -> None:
         if any(key in content for content in shipped):
             raise ValueError(f"{key!r} is a setting of another config of this bundle, and nothing that this run reads")
         raise _unknown(key, in_use)
-    if of_command:
-        _require_in_use(config, shipped, [str(workflow.run_id), workflow.init_id, workflow.final_id])
+    if typed:
+        _require_in_use(config, shipped, typed, [str(workflow.run_id), workflow.init_id, workflow.final_id])
     for path, component in _listed(config):
         names = _parameters(component["_target_"]) | _OF_COMPONENTS
         for key in component.keys() - names if "**" not in names else ():
@@ -122,7 +124,15 @@ def check_overrides(workflow: ConfigWorkflow, of_command: bool = False) -> None:
                 raise _unknown("#".join([*path, key]), ("#".join([*path, k]) for k in names))
 
 
-def _require_in_use(config: dict[str, Any], shipped: list[dict[str, Any]], run: list[str]) -> None:
+def typed_settings(arguments: Sequence[str]) -> set[str]:
+    """Return the settings that a command line has overrides of."""
+    words = {re.split("=|#|::", argument[2:])[0] for argument in arguments if argument.startswith("--")}
+    return words - {"config_file", "meta_file", "logging_file", "args_file", "run_id", "workflow_type"}
+
+
+def _require_in_use(
+    config: dict[str, Any], shipped: list[dict[str, Any]], typed: Collection[str], run: list[str]
+) -> None:
     """Refuse a value that was given for a setting to which nothing leads from what is run."""
     used: set[str] = set()
     to_see = {*run, "imports"}
@@ -130,7 +140,7 @@ def _require_in_use(config: dict[str, Any], shipped: list[dict[str, Any]], run: 
         key = to_see.pop()
         used.add(key)
         to_see |= set(re.findall(r"@(\w+)", json.dumps(config.get(key), default=str))) - used
-    for key in config.keys() - used - _OF_MONAI:
+    for key in (config.keys() & set(typed)) - used - _OF_MONAI:
         known = [_text(content[key]) for content in shipped if key in content]
         if known and not isinstance(config[key], dict) and _text(config[key]) not in known:
             other = _COUNTERPARTS.get(key)
@@ -139,6 +149,8 @@ def _require_in_use(config: dict[str, Any], shipped: list[dict[str, Any]], run: 
 
 
 def _text(value: Any) -> str:
+    if str(value).lower() == "none":
+        return "null"
     return json.dumps(value, default=str).replace("::", "#")  # as MONAI writes references once it has parsed them
 
 

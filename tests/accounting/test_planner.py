@@ -158,7 +158,15 @@ def test_overrides_are_those_of_the_bundle():
 
 @pytest.mark.parametrize(
     ("word", "value"),
-    [("False", False), ("true", True), ("None", None), ("null", None), ("3", 3), ("[1, 2]", [1, 2]), ("Fully", "Fully")],
+    [
+        ("False", False),
+        ("true", True),
+        ("None", None),
+        ("null", None),
+        ("3", 3),
+        ("[1, 2]", [1, 2]),
+        ("Fully", "Fully"),
+    ],
 )
 def test_words_of_overrides_are_what_monais_command_line_takes_them_for(word, value):
     """``vae=False`` was a word, and true."""

@@ -312,6 +312,12 @@ def test_files_without_a_preamble_are_read(values: np.ndarray, tmp_path: Path) -
     np.testing.assert_array_equal(read_volume(folder)[0].numpy(), values)
 
 
+def test_a_file_that_begins_by_chance_like_one_is_none(values: np.ndarray, tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "scan", values)
+    (folder / "stray.bin").write_bytes(bytes([2, 0, 0, 0]) + bytes(range(200)))
+    np.testing.assert_array_equal(read_volume(folder)[0].numpy(), values)
+
+
 def test_one_file_of_a_series_asks_for_its_folder(values: np.ndarray, tmp_path: Path) -> None:
     file = next(write_series(tmp_path / "scan", values).iterdir())
     with pytest.raises(ValueError, match="give the folder of its series"):

@@ -71,7 +71,8 @@ def test_a_training_goes_on_with_the_subjects_that_it_had(tmp_path, caplog):
     tell_seen(seen, "test", file.with_name("model_best.pt"))
     assert "2 of 3 test series were trained on" in caplog.text
     caplog.clear()
-    keep_split(other, file)  # another training in the folder
+    file.replace(file.with_suffix(".previous.json"))  # another training in the folder, see TrainingCheckpoint
+    keep_split(other, file)
     tell_seen(seen, "test", file.with_name("model_best.previous.pt"))
     assert "2 of 3 test series were trained on" in caplog.text and "split.previous.json" in caplog.text
     file.write_text("[")

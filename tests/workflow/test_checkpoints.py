@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -92,9 +93,53 @@ def test_a_training_does_not_go_on_with_another_learning_rate_or_fold(tmp_path):
     train(tmp_path, 2, stop=2, cases=["a/x.nii", "a/y.nii"])
     with pytest.raises(ValueError, match="learning rate began at 0.1, that of the training to go on with at 0.01"):
         train(tmp_path, 2, resume=True, rate=0.01, cases=["a/x.nii", "a/y.nii"])
-    with pytest.raises(ValueError, match="validated with other cases \\(of 2, a/y.nii is in one of both alone\\)"):
+    with pytest.raises(ValueError, match="validated with other cases \\(of 2, y.nii is in one of both alone\\)"):
         train(tmp_path, 2, resume=True, cases=["a/x.nii", "a/z.nii"])
-    assert train(tmp_path, 2, resume=True, cases=["moved/a/y.nii", "moved/a/x.nii"])[1] == [3, 4]
+    assert train(tmp_path, 2, resume=True, cases=["/moved/y.nii", "/moved/x.nii"])[1] == [3, 4]
+
+
+def test_data_may_move_between(tmp_path, monkeypatch):
+    """Their folder's name is not theirs, and may be a dot."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    cases = [[f"{folder}/s{k}/t1.nii" for k in (1, 2)] for folder in (".", "/elsewhere", "../there")]
+    train(tmp_path, 2, stop=1, cases=cases[0])
+    for stop, moved in zip((2, None), cases[1:], strict=True):
+        assert train(tmp_path, 2, resume=True, cases=moved, stop=stop)[0]["epoch"] == (stop or 4)
+    train(tmp_path / "one", 2, stop=1, cases=["a/s4.h5"])
+    assert train(tmp_path / "one", 2, resume=True, cases=["s4.h5"])[0]["epoch"] == 4
+
+
+def test_a_rate_that_was_changed_on_the_way_goes_on(tmp_path):
+    """Without a schedule that notes it, nothing says where the rate began."""
+    network = nn.Linear(2, 2)
+    for resume in (False, True):
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+        engine = Engine(lambda engine, batch, optimizer=optimizer: optimizer.param_groups[0].update(lr=0.05))
+        TrainingCheckpoint(tmp_path, network, optimizer, resume=resume).attach(engine)
+        engine.run([0], max_epochs=1 + resume)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_what_belongs_to_weights_goes_aside_with_them(tmp_path):
+    """A training that had no weights yet put the split of another aside, in the place of the weights' own."""
+    for name in "ABC":
+        network = nn.Linear(2, 2)
+        engine = Engine(lambda engine, batch: None)
+        TrainingCheckpoint(tmp_path, network, torch.optim.Adam(network.parameters()), beside=["split.json"]).attach(
+            engine
+        )
+
+        @engine.on(Events.STARTED)
+        def _(engine, name=name):
+            (tmp_path / "split.json").write_text(name)
+            if name in "BC":
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) if name in "BC" else nullcontext():
+            engine.run([0], max_epochs=1)
+    assert (tmp_path / "model_last.previous.pt").exists() and not (tmp_path / "model_last.pt").exists()
+    assert (tmp_path / "split.previous.json").read_text() == "A" and (tmp_path / "split.json").read_text() == "C"
 
 
 def test_all_tensors_go_to_the_cpu(monkeypatch):

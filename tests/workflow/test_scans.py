@@ -35,6 +35,8 @@ def touch(folder: Path, *names: str) -> None:
         ("FLAIR_to_T1", "FLAIR"),
         ("T2_space-T1w", "T2"),
         ("sub-01_ses-T1", None),
+        ("sub-01_desc-gd_T1w", "T1c"),
+        ("sub-T1", "T1"),
     ],
 )
 def test_sessions_and_spaces_are_no_modalities(stem: str, expected: str | None) -> None:
@@ -57,13 +59,19 @@ def test_label_files_of_bids_are_no_scans(tmp_path: Path) -> None:
         "desc-aseg_dseg",
         "desc-aparcaseg_dseg",
         "desc-brain_mask",
-        "lesion_roi",
+        "desc-brain_dseg",
         "brainmask",
     ]
     others += ["aparc+aseg", "aparc.a2009s+aseg", "aseg"]
     touch(tmp_path, "sub-01_T1w.nii.gz", *(f"sub-01_{name}.nii.gz" for name in others))
     (found,) = find_scans(dataset_dir=tmp_path)
     assert Path(found["image"][0]).name == "sub-01_T1w.nii.gz"
+
+
+def test_of_one_scan_in_two_formats_one_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "a_T1.nrrd", "a_T1.mha", "a_T1.nii.gz", "b_T1_roi.nii.gz")
+    found = [Path(case["image"][0]).name for case in find_scans(dataset_dir=tmp_path)]
+    assert found == ["a_T1.nii.gz", "b_T1_roi.nii.gz"] and caplog.text.count("in another format") == 2
 
 
 def test_freesurfers_files_are_named_one_by_one(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from memnet.workflow.settings import (
     check_values,
     check_weights,
     read_words,
+    typed_settings,
 )
 
 pytestmark = WARNINGS
@@ -169,11 +170,20 @@ def test_a_command_refuses_what_is_of_no_use_to_what_it_runs(
     files = [str(case.folder / "configs" / name) for name in configs.split()]
     workflow = ConfigWorkflow(files, run_id=run_id, logging_file=False, **overrides)
     if not told:
-        check_overrides(workflow, of_command=True)
+        check_overrides(workflow, typed_settings([f"--{key}" for key in overrides]))
         return
     check_overrides(workflow)  # hosts may
     with pytest.raises(ValueError, match=re.escape(told)):
-        check_overrides(workflow, of_command=True)
+        check_overrides(workflow, typed_settings([f"--{key}" for key in overrides]))
+
+
+def test_a_file_of_ones_own_may_serve_several_runs(tmp_path: Path) -> None:
+    (tmp_path / "site.json").write_text('{"epochs": 100, "batch_size": 2, "num_workers": 1}')
+    files = [str(TISSUE.folder / "configs" / "train.json"), str(TISSUE.folder / "configs" / "evaluate.json")]
+    workflow = ConfigWorkflow(
+        [*files, str(tmp_path / "site.json")], run_id="evaluating", logging_file=False, subset="all"
+    )
+    check_overrides(workflow, typed_settings(["run", "evaluating", "--subset", "all"]))
 
 
 def test_components_in_lists_have_their_settings_checked() -> None:
@@ -197,7 +207,13 @@ def test_the_launcher_and_the_config_are_for_as_many_processes(monkeypatch: pyte
     with pytest.raises(ValueError, match="start it by torchrun"):
         check_launcher(workflows[1])
     monkeypatch.setenv("WORLD_SIZE", "2")
+    for workflow in workflows:  # as a cluster's own scripts may set it
+        check_launcher(workflow)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     check_launcher(workflows[1])
+    inference = str(TISSUE.folder / "configs" / "inference.json")
+    with pytest.raises(ValueError, match="has started 2 processes, .* run it without torchrun"):
+        check_launcher(ConfigWorkflow(inference, run_id="run", logging_file=False))
     with pytest.raises(ValueError, match="has started 2 processes, and this config is for one"):
         check_launcher(workflows[0])
 
