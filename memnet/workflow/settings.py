@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -31,6 +32,8 @@ __all__ = [
     "read_words",
     "typed_settings",
 ]
+
+logger = logging.getLogger("memnet")
 
 # ids that MONAI itself adds to a config
 _OF_MONAI = {"_meta_", "tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "tracking"}
@@ -77,8 +80,8 @@ def check_overrides(workflow: ConfigWorkflow, typed: Collection[str] = ()) -> No
 
     Args:
         workflow: the workflow with its overrides applied.
-        typed: settings that the command line has, see :func:`typed_settings`; refuse one, too, that is of no use to what is to
-            be run, such as ``pretrained`` to an evaluation. Hosts set some whether they are of use or not.
+        typed: settings that the command line has, see :func:`typed_settings`; one that is of no use to what is to be run, such as
+            ``epochs`` to an evaluation, is a warning, and weights are refused. Hosts set some whether they are of use or not.
 
     Raises:
         ValueError: naming the key and the nearest known one; or what is to be run is not in the config.
@@ -133,7 +136,7 @@ def typed_settings(arguments: Sequence[str]) -> set[str]:
 def _require_in_use(
     config: dict[str, Any], shipped: list[dict[str, Any]], typed: Collection[str], run: list[str]
 ) -> None:
-    """Refuse a value that was given for a setting to which nothing leads from what is run."""
+    """Tell of a value that was given for a setting to which nothing leads from what is run; refuse weights."""
     used: set[str] = set()
     to_see = {*run, "imports"}
     while to_see:
@@ -143,9 +146,10 @@ def _require_in_use(
     for key in (config.keys() & set(typed)) - used - _OF_MONAI:
         known = [_text(content[key]) for content in shipped if key in content]
         if known and not isinstance(config[key], dict) and _text(config[key]) not in known:
-            other = _COUNTERPARTS.get(key)
-            hint = f"; did you mean --{other}?" if other in used else ""
-            raise ValueError(f"{key!r} is nothing that {run[0]!r} reads{hint}")
+            told, other = f"{key!r} is nothing that {run[0]!r} reads", _COUNTERPARTS.get(key)
+            if other in used:
+                raise ValueError(f"{told}; did you mean --{other}?")
+            logger.warning("%s", told)
 
 
 def _text(value: Any) -> str:

@@ -145,7 +145,6 @@ def test_a_setting_that_the_run_does_not_read_is_refused(config: str, key: str) 
             {"pretrained": "mine.pt"},
             "nothing that 'evaluating' reads; did you mean --ckpt_path?",
         ),
-        ("train.json evaluate.json", "evaluating", {"epochs": 7}, "'epochs' is nothing that 'evaluating' reads"),
         (
             "train.json",
             "training",
@@ -175,6 +174,14 @@ def test_a_command_refuses_what_is_of_no_use_to_what_it_runs(
     check_overrides(workflow)  # hosts may
     with pytest.raises(ValueError, match=re.escape(told)):
         check_overrides(workflow, typed_settings([f"--{key}" for key in overrides]))
+
+
+def test_a_command_tells_of_what_is_of_no_use(caplog: pytest.LogCaptureFixture) -> None:
+    files = [str(TISSUE.folder / "configs" / name) for name in ("train.json", "evaluate.json")]
+    workflow = ConfigWorkflow(files, run_id="evaluating", logging_file=False, epochs=7, seed=0, fold=1)
+    check_overrides(workflow, typed_settings(["--epochs", "7", "--seed", "0", "--fold=1"]))
+    told = [message for message in caplog.messages if "is nothing that" in message]
+    assert told == ["'epochs' is nothing that 'evaluating' reads"]
 
 
 def test_a_file_of_ones_own_may_serve_several_runs(tmp_path: Path) -> None:
