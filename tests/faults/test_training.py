@@ -52,7 +52,7 @@ def test_an_interrupted_training_says_how_to_go_on(
     assert not _is_news(logging.LogRecord("ignite", logging.ERROR, __file__, 1, "Exception", None, error))
     capsys.readouterr()
     codes: list[int] = []
-    monkeypatch.setattr(bundle, "_exit_at_once", codes.append)
+    monkeypatch.setattr(bundle, "_exit_at_once", lambda code, patience: codes.append(code))
     _print_input_error(*error)
     (tmp_path / "model_last.pt").touch()  # of another training, or of one that is evaluated now
     _print_input_error(*error)
