@@ -9,7 +9,8 @@ import h5py
 import numpy as np
 import pytest
 
-from memnet.datasets.ismrmrd import RawData, read_ismrmrd, write_ismrmrd
+from memnet.datasets.ismrmrd import RawData, read_ismrmrd
+from memnet.datasets.ismrmrd_writer import write_ismrmrd
 from memnet.transforms.kspace_inputs import LoadKspaced
 
 AFFINE = np.array([[0, -0.9, 0, 20], [1.1, 0, 0, -30], [0, 0, 1.3, 5], [0, 0, 0, 1]], dtype=float)

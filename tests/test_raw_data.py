@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from memnet.datasets.bart import write_cfl
-from memnet.datasets.ismrmrd import write_ismrmrd
+from memnet.datasets.ismrmrd_writer import write_ismrmrd
 from memnet.datasets.kspace import find_reconstruction_cases
 from memnet.datasets.raw_data import read_raw_data
 from memnet.mri.fourier import image_to_kspace, kspace_to_image

@@ -19,7 +19,7 @@ from monai.bundle import ConfigParser
 from pages import Page
 
 from memnet.bundle import input_error
-from memnet.datasets.ismrmrd import write_ismrmrd
+from memnet.datasets.ismrmrd_writer import write_ismrmrd
 from memnet.metadata import plain_tensor
 from memnet.mri.fourier import image_to_kspace
 from memnet.mri.simulated_scans import simulate_volume

@@ -30,7 +30,7 @@ from conftest import BUNDLES, phantom
 from dicom_files import write_enhanced, write_series
 
 from memnet.bundle import input_error
-from memnet.datasets.ismrmrd import write_ismrmrd
+from memnet.datasets.ismrmrd_writer import write_ismrmrd
 from memnet.mri.fourier import image_to_kspace
 from memnet.mri.simulated_scans import simulate_volume
 from memnet.workflow.checkpoints import load_weights

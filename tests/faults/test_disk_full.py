@@ -20,7 +20,7 @@ from ignite.engine import Engine, Events, State
 from memnet.benchmarks.records import write_whole
 from memnet.bundle import input_error
 from memnet.datasets.diffusion import write_tensors
-from memnet.datasets.ismrmrd import write_ismrmrd
+from memnet.datasets.ismrmrd_writer import write_ismrmrd
 from memnet.dicom import read_stack, save_segmentation
 from memnet.transforms.tensor_outputs import draw_tensors
 from memnet.transforms.writing import AtomicNibabelWriter

@@ -16,7 +16,7 @@ from monai.apps.reconstruction.transforms.array import KspaceMask
 from monai.data import MetaTensor
 from monai.transforms import Transform
 
-from memnet.datasets.ismrmrd import write_ismrmrd
+from memnet.datasets.ismrmrd_writer import write_ismrmrd
 from memnet.mri.coils import compress_coils
 from memnet.mri.fourier import image_to_kspace, kspace_to_image
 from memnet.mri.operators import SenseOperator
