@@ -9,23 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ignite.engine import Engine, Events
-
 from memnet.datasets.cases import Case
 from memnet.datasets.diffusion_files import source_of
 from memnet.whole_files import whole_file
-from memnet.workflow.processes import rank
 
 __all__ = [
     "SECTIONS",
     "SPLIT_FILE",
     "Split",
-    "SplitKeeper",
     "by_patient",
     "require_split",
     "split_subjects",
     "tell_seen",
     "tell_shared",
+    "write_split",
 ]
 
 logger = logging.getLogger("memnet")
@@ -70,7 +67,7 @@ def split_subjects(
 
 
 def require_split(cases: Split, file: str | Path, resume: bool = False) -> Split:
-    """See that a training that goes on has the subjects that it began with, see :class:`SplitKeeper`.
+    """See that a training that goes on has the subjects that it began with, see :func:`write_split`.
 
     Args:
         cases: see :func:`memnet.datasets.diffusion.find_tensor_cases`.
@@ -96,30 +93,16 @@ def require_split(cases: Split, file: str | Path, resume: bool = False) -> Split
     return cases
 
 
-class SplitKeeper:
-    """Handler that writes down which subjects a training has, for :func:`tell_seen`.
-
-    To be attached after the one that claims the folder, :class:`memnet.workflow.checkpoints.TrainingCheckpoint`, which puts an
-    earlier training's aside with its weights.
+def write_split(cases: Split, file: str | Path) -> None:
+    """Write down which subjects a training has, for :func:`tell_seen`; nothing where there are none.
 
     Args:
         cases: see :func:`memnet.datasets.diffusion.find_tensor_cases`.
         file: JSON, beside the weights: for each section the subjects' names, which may have moved when it goes on, and files.
     """
-
-    def __init__(self, cases: Split, file: str | Path) -> None:
-        self.cases, self.file = cases, Path(file)
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to a trainer."""
-        engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Write."""
-        series = _series(self.cases)
-        if rank() != 0 or not any(series.values()):
-            return
-        with whole_file(self.file) as partial:
+    series = _series(cases)
+    if any(series.values()):
+        with whole_file(file) as partial:
             partial.write_text(json.dumps(series, indent=1), encoding="utf-8")
 
 
@@ -136,7 +119,7 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
 
 
 def tell_seen(cases: Split, section: str, weights: str | Path) -> Split:
-    """Warn where series to be scored are among those that weights were trained or chosen with, see :class:`SplitKeeper`.
+    """Warn where series to be scored are among those that weights were trained or chosen with, see :func:`write_split`.
 
     Args:
         cases: see :func:`memnet.datasets.diffusion.find_tensor_cases`.

@@ -9,7 +9,8 @@ from diffusion_cases import write_hcp, write_series
 from ignite.engine import Engine
 
 from memnet.datasets.diffusion import find_series, find_tensor_cases
-from memnet.datasets.diffusion_split import SPLIT_FILE, SplitKeeper, require_split, split_subjects, tell_seen
+from memnet.datasets.diffusion_split import SPLIT_FILE, require_split, split_subjects, tell_seen
+from memnet.workflow.split_keeper import SplitKeeper
 
 
 def test_sessions_of_a_subject_stay_together(tmp_path):
