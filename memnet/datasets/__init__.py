@@ -3,6 +3,7 @@
 from memnet.datasets.brats import find_brats
 from memnet.datasets.cases import (
     IMAGE_SUFFIXES,
+    ITK_SUFFIXES,
     SCAN_SUFFIXES,
     Case,
     as_list,
@@ -18,6 +19,7 @@ from memnet.datasets.labelled import find_evaluation_cases, find_training_cases
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "ITK_SUFFIXES",
     "SCAN_SUFFIXES",
     "Case",
     "as_list",

@@ -9,6 +9,7 @@ from typing import Any
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "ITK_SUFFIXES",
     "SCAN_SUFFIXES",
     "Case",
     "as_list",
@@ -20,8 +21,9 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".hdr")
-SCAN_SUFFIXES = (*IMAGE_SUFFIXES, ".nrrd", ".nhdr", ".mha", ".mhd")
-"""Of files in a folder that are taken for scans; data sets are of those above."""
+ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+SCAN_SUFFIXES = IMAGE_SUFFIXES + ITK_SUFFIXES
+"""Of files in a folder that are taken for scans; data sets are of ``IMAGE_SUFFIXES``."""
 
 Case = dict[str, Any]
 

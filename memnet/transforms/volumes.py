@@ -16,12 +16,12 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from nibabel.spatialimages import SpatialImage
 
+from memnet.datasets import ITK_SUFFIXES
 from memnet.dicom import holds_dicom, read_pixels, read_stack, split_uid
 from memnet.transforms.grids import file_grid, require_one_grid
 
 __all__ = ["LoadVolumed", "check_volume", "read_volume", "require_real_numbers"]
 
-_READ_BY_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _SIDES, _FARTHEST = (1e-3, 1e3), 1e5  # of voxels, and of the first one from the origin, mm
 # how many times smaller a file may be than what it holds; 1100 is what gzip makes of zeros, and a little more
 _MOST_COMPRESSED = {".nii": 1, ".img": 1, ".mgh": 1, ".gz": 1100, ".mgz": 1100}
@@ -46,7 +46,7 @@ def read_volume(path: str | Path, constant: bool = False) -> MetaTensor:
     read = _read_nifti
     if Path(path).is_dir() or holds_dicom(path):
         read = _read_dicom
-    elif Path(path).name.lower().endswith(_READ_BY_ITK):
+    elif Path(path).name.lower().endswith(ITK_SUFFIXES):
         read = _read_by_itk
     values, affine, space_code = read(path)
     volume = check_volume(path, values, affine, constant)

@@ -14,7 +14,7 @@ import nibabel as nib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from memnet.datasets import IMAGE_SUFFIXES, SCAN_SUFFIXES, Case, as_list, existing_folder, read_datalist
+from memnet.datasets import ITK_SUFFIXES, SCAN_SUFFIXES, Case, as_list, existing_folder, read_datalist
 from memnet.dicom import holds_dicom, split_uid
 
 __all__ = ["find_scans", "list_scans", "tell_modality", "volumes_of"]
@@ -42,7 +42,6 @@ _NOT_A_SCAN = re.compile(
     r"[-_.](labels?|d?segm?|segmentation|classified|(brain)?mask|tissue|tumor|probseg|aseg|aparc\S*)$",
     re.IGNORECASE,
 )
-_SECOND = tuple(set(SCAN_SUFFIXES) - set(IMAGE_SUFFIXES))
 _DEPTH = 3  # folders down
 
 Files = str | Path | Sequence[str | Path] | None
@@ -255,7 +254,7 @@ def _others(folder: Path) -> str:
 def _put_together(folder: Path, names: list[str], modality: str | None, pattern: str) -> list[Row]:
     subjects: dict[str, Row] = {}
     # of one scan in several formats the first of these
-    for file in sorted(folder.glob(pattern), key=lambda file: (file.name.lower().endswith(_SECOND), file)):
+    for file in sorted(folder.glob(pattern), key=lambda file: (file.name.lower().endswith(ITK_SUFFIXES), file)):
         stem = _stem(file)
         is_image = file.is_file() and file.name.lower().endswith(SCAN_SUFFIXES) and not file.name.startswith(".")
         is_series = file.is_dir() and not file.name.startswith(".") and holds_dicom(file)
